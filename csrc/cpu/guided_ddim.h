@@ -40,7 +40,7 @@ struct GuidedDDIMLoops {
                           std::int64_t end);
 };
 
-// guided_ddim.cpp is compiled once per instruction set and defines one of these each time.
+// guided_ddim_loops.cpp is compiled once per instruction set and defines one of these each time.
 namespace scalar {
 extern const GuidedDDIMLoops guided_ddim_loops;
 }

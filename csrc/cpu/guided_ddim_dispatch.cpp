@@ -1,26 +1,13 @@
 // Picks the instruction set's loops at run time and shares them out over the threads.
+#include "dispatch.h"
 #include "guided_ddim.h"
-#include "isa.h"
 #include "parallel.h"
 
 namespace rewardprop::cpu {
 
 namespace {
 
-const GuidedDDIMLoops& loops() {
-    switch (selected()) {
-#if defined(REWARDPROP_HAS_AVX512)
-        case Isa::Avx512:
-            return avx512::guided_ddim_loops;
-#endif
-#if defined(REWARDPROP_HAS_AVX2)
-        case Isa::Avx2:
-            return avx2::guided_ddim_loops;
-#endif
-        default:
-            return scalar::guided_ddim_loops;
-    }
-}
+const GuidedDDIMLoops& loops() { return REWARDPROP_SELECT(guided_ddim_loops); }
 
 template <typename Step>
 void share_out(void (*loop)(const Step&, std::int64_t, std::int64_t), const Step& step,

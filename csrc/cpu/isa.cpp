@@ -12,7 +12,7 @@ bool machine_has(Isa isa) {
     switch (isa) {
 #if defined(REWARDPROP_HAS_AVX2)
         case Isa::Avx2:
-            return __builtin_cpu_supports("avx2");
+            return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
 #endif
 #if defined(REWARDPROP_HAS_AVX512)
         case Isa::Avx512:

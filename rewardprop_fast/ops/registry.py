@@ -1,19 +1,22 @@
 """Which implementation of an operator runs, and why.
 
 An operator lists its implementations, the preferred one first. The first that is legal for the
-arguments (device, dtypes) runs; "reference" is plain PyTorch, legal for everything, and always
-last. A person can insist: ``with ops.backend("reference"): ...`` in code, or the environment
-variable REWARDPROP_BACKEND. Then that implementation runs or an error says why it cannot; nothing
-is substituted behind the person's back.
+arguments (device, dtypes, shapes) runs; "reference" is plain PyTorch, legal for everything, and
+always last.
+
+A person can ask for another one, for all operators or for one of them: in code with
+``with ops.backend("triton", attention="xformers"): ...``, or for the whole process with the
+environment variable ``REWARDPROP_BACKEND=triton,attention=xformers``. Where the one asked for is
+not legal, "reference" runs, and `explain` says why; with ``strict=True`` that is an error.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -21,11 +24,9 @@ import torch
 from rewardprop_fast.errors import ConfigError
 
 #: Names a person may ask for. "auto" takes the first legal implementation.
-BACKENDS = ("auto", "native", "reference")
+BACKENDS = ("auto", "native", "triton", "cuda", "sdpa", "xformers", "reference")
 
 ENVIRONMENT_VARIABLE = "REWARDPROP_BACKEND"
-
-_requested: ContextVar[str | None] = ContextVar("rewardprop_backend", default=None)
 
 
 @dataclass(frozen=True)
@@ -64,14 +65,48 @@ class Choice:
     rejected: dict[str, str]
 
 
-@contextmanager
-def backend(name: str) -> Iterator[None]:
-    """Run every operator inside the ``with`` block on one backend: "reference", "native" or "auto".
+@dataclass(frozen=True)
+class Wish:
+    """What a person asked for: one backend for all operators, others for some of them."""
 
-    Holds for the current thread or task. Raises ConfigError for an unknown name at once, and from
-    the operator's call where the backend cannot run it.
+    name: str = "auto"
+    by_operator: Mapping[str, str] = field(default_factory=dict)
+    strict: bool = False
+    origin: str = ""
+
+    def of(self, operator: str) -> str:
+        """The backend asked for in this operator."""
+        return self.by_operator.get(operator, self.name)
+
+
+_requested: ContextVar[Wish | None] = ContextVar("rewardprop_backend", default=None)
+
+
+@contextmanager
+def backend(name: str = "auto", *, strict: bool = False, **by_operator: str) -> Iterator[None]:
+    """Run the operators inside the ``with`` block on the backend ``name``, one of `BACKENDS`.
+
+    ``by_operator`` names other backends for single operators: ``attention="xformers"``. Where the
+    backend asked for cannot run an operator, the reference does; with ``strict`` that is a
+    ConfigError instead. Holds for the current thread or task, and for the backward pass of what
+    was computed inside, wherever that runs. Raises ConfigError for an unknown name at once.
     """
-    token = _requested.set(_checked(name, "ops.backend(...)"))
+    wish = Wish(name, by_operator, strict, "ops.backend(...)")
+    _check(wish)
+    with under(wish):
+        yield
+
+
+def current() -> Wish:
+    """What is asked for here and now: code goes before the environment."""
+    requested = _requested.get()
+    return _from_environment() if requested is None else requested
+
+
+@contextmanager
+def under(wish: Wish) -> Iterator[None]:
+    """Run the operators inside the ``with`` block under ``wish``; autograd's threads need it."""
+    token = _requested.set(wish)
     try:
         yield
     finally:
@@ -79,27 +114,42 @@ def backend(name: str) -> Iterator[None]:
 
 
 def choose(operator: Operator, *args: Any) -> Choice:
-    """Pick the implementation for these arguments. ConfigError if the one asked for cannot run."""
-    wanted, origin = _wanted()
+    """Pick the implementation for these arguments.
+
+    Raises ConfigError where a strict wish cannot be met.
+    """
+    wish = current()
+    wanted = wish.of(operator.name)
     rejected: dict[str, str] = {}
     for implementation in operator.implementations:
         if wanted not in ("auto", implementation.backend):
-            rejected[implementation.backend] = f"{origin} asks for {wanted!r}"
+            rejected[implementation.backend] = f"{wish.origin} asks for {wanted!r}"
             continue
         problem = implementation.why_not(*args)
         if problem is None:
-            reason = "the first that is legal here" if wanted == "auto" else f"{origin} asks for it"
-            return Choice(implementation, reason, rejected)
-        if wanted != "auto":
-            raise ConfigError(
-                f"{origin} asks for the backend {wanted!r}, which cannot run {operator.name} "
-                f"here: {problem}. Use 'auto' to take the fastest that can."
+            reason = (
+                "the first that is legal here" if wanted == "auto" else f"{wish.origin} asks for it"
             )
+            return Choice(implementation, reason, rejected)
         rejected[implementation.backend] = problem
-    raise ConfigError(
-        f"{origin} asks for the backend {wanted!r}, which {operator.name} does not have; "
-        f"it has {', '.join(i.backend for i in operator.implementations)}."
-    )
+    return _instead(operator, wish, wanted, rejected)
+
+
+def _instead(operator: Operator, wish: Wish, wanted: str, rejected: dict[str, str]) -> Choice:
+    """The reference, where the backend asked for cannot run; or the error, where it must."""
+    names = [implementation.backend for implementation in operator.implementations]
+    if wanted in names:
+        problem = f"cannot run {operator.name} here: {rejected[wanted]}"
+    else:
+        problem = f"{operator.name} does not have; it has {', '.join(names)}"
+        rejected[wanted] = "this operator does not have it"
+    if wish.strict or wanted == "reference":
+        raise ConfigError(
+            f"{wish.origin} asks for the backend {wanted!r}, which {problem}. "
+            "Use 'auto' to take the fastest that can."
+        )
+    rejected.pop("reference", None)
+    return Choice(operator.implementations[-1], f"{wanted!r} is asked for and cannot run", rejected)
 
 
 def explain(operator: Operator, *args: Any) -> str:
@@ -109,16 +159,35 @@ def explain(operator: Operator, *args: Any) -> str:
     return f"{choice.implementation.backend} ({choice.reason}{''.join(passed_over)})"
 
 
-def _wanted() -> tuple[str, str]:
-    """The backend asked for and who asked; code goes before the environment."""
-    requested = _requested.get()
-    if requested is not None:
-        return requested, "ops.backend(...)"
-    name = os.environ.get(ENVIRONMENT_VARIABLE) or "auto"
-    return _checked(name, ENVIRONMENT_VARIABLE), ENVIRONMENT_VARIABLE
+def _from_environment() -> Wish:
+    """REWARDPROP_BACKEND: a backend, or operator=backend, or several of these with commas."""
+    text = os.environ.get(ENVIRONMENT_VARIABLE, "")
+    if not text:
+        return _AUTO
+    name, by_operator = "auto", {}
+    for part in filter(None, (part.strip() for part in text.split(","))):
+        left, equals, right = part.partition("=")
+        if equals:
+            by_operator[left.strip()] = right.strip()
+        else:
+            name = left
+    wish = Wish(name, by_operator, origin=ENVIRONMENT_VARIABLE)
+    _check(wish)
+    return wish
 
 
-def _checked(name: str, origin: str) -> str:
-    if name not in BACKENDS:
-        raise ConfigError(f"{origin} got {name!r}; allowed are {', '.join(map(repr, BACKENDS))}.")
-    return name
+_AUTO = Wish()
+
+
+def _check(wish: Wish) -> None:
+    from rewardprop_fast.ops import OPERATORS
+
+    for name in (wish.name, *wish.by_operator.values()):
+        if name not in BACKENDS:
+            allowed = ", ".join(map(repr, BACKENDS))
+            raise ConfigError(f"{wish.origin} got {name!r}; allowed are {allowed}.")
+    for operator in wish.by_operator:
+        if operator not in OPERATORS:
+            raise ConfigError(
+                f"{wish.origin} names the operator {operator!r}; there are {', '.join(OPERATORS)}."
+            )

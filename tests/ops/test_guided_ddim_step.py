@@ -47,7 +47,7 @@ def in_float64(args: tuple) -> tuple:
 def outputs_and_gradients(backend: str, args: tuple, weight: Tensor) -> list[Tensor]:
     """x_prev and the gradients of model_output and latents, for the loss sum(weight * x_prev)."""
     model_output, latents = args[0].detach().requires_grad_(), args[1].detach().requires_grad_()
-    with ops.backend(backend):
+    with ops.backend(backend, strict=True):
         x_prev = guided_ddim_step(model_output, latents, *args[2:])
         gradients = torch.autograd.grad(x_prev, (model_output, latents), weight)
     return [x_prev.detach(), *gradients]
@@ -180,7 +180,7 @@ def test_bfloat16_gradients_are_rounded_to_nearest_ties_to_even() -> None:
     bits = torch.cat([halfway - 1, halfway, halfway + 1])
     grad = bits.view(torch.float32).reshape(1, 3, 8, 8)
     identity = torch.tensor([0.0, 1.0, 0.0])
-    with ops.backend("native"):
+    with ops.backend("native", strict=True):
         rounded = OP_BACKWARD(grad, identity, None, torch.bfloat16)
     assert torch.equal(rounded, grad.to(torch.bfloat16))
     assert not torch.equal(rounded, (grad * (1 + 2**-20)).to(torch.bfloat16))
@@ -195,7 +195,7 @@ def test_gradcheck_in_float64(guided: bool, with_noise: bool, backend: str) -> N
         (1, 2, 3, 5), guided=guided, with_noise=with_noise, dtype=double, model_dtype=double
     )
     leaves = (args[0].requires_grad_(), args[1].requires_grad_())
-    with ops.backend(backend):
+    with ops.backend(backend, strict=True):
         assert torch.autograd.gradcheck(lambda m, x: guided_ddim_step(m, x, *args[2:]), leaves)
 
 
@@ -262,7 +262,7 @@ def test_makes_no_node_where_no_gradient_is_asked_for(monkeypatch: pytest.Monkey
     def refuse(*_: object) -> None:
         raise AssertionError("an autograd node was made")
 
-    monkeypatch.setattr(op._GuidedDDIMStep, "apply", refuse)
+    monkeypatch.setattr(op._FUNCTION, "apply", refuse)
     args = inputs(with_noise=True)
     assert not guided_ddim_step(*args).requires_grad
     args[0].requires_grad_()

@@ -103,7 +103,7 @@ a = torch.ones(1 << 21)
 before = len(os.listdir("/proc/self/task"))
 from rewardprop_fast import doctor, ops
 from rewardprop_fast.ops import native
-with ops.backend("native"):
+with ops.backend("native", strict=True):
     x = torch.ones(1, 8, 512, 512)
     assert ops.guided_ddim_step(x.repeat(2, 1, 1, 1), x, torch.ones(3), 2.0).sum() == 2 * x.numel()
 after = len(os.listdir("/proc/self/task"))

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import threading
+
 import pytest
 import torch
 
 from rewardprop_fast import ops
 from rewardprop_fast.errors import ConfigError
 from rewardprop_fast.ops import native, registry
-from rewardprop_fast.ops.guided_ddim_step import GUIDED_DDIM_STEP
+from rewardprop_fast.ops.guided_ddim_step import GUIDED_DDIM_STEP, op
 
 ARGUMENTS = GUIDED_DDIM_STEP.example("cpu", torch.float32)
 
@@ -75,18 +77,73 @@ def test_an_error_inside_the_block_ends_the_wish() -> None:
 
 
 @pytest.mark.usefixtures("native_present")
-def test_a_backend_asked_for_that_cannot_run_is_an_error_not_a_substitute() -> None:
+def test_the_reference_runs_where_the_backend_asked_for_cannot() -> None:
+    model_output, *rest = ARGUMENTS
+    arguments = (model_output.half(), *rest)
+    with ops.backend("native"):
+        assert chosen(*arguments) == "reference"
+        line = ops.explain(GUIDED_DDIM_STEP, *arguments)
+    assert "'native' is asked for and cannot run" in line
+    assert "not native: model_output is torch.float16" in line
+    with ops.backend("xformers"):
+        assert chosen() == "reference"
+        line = ops.explain(GUIDED_DDIM_STEP, *ARGUMENTS)
+    assert "not xformers: this operator does not have it" in line
+
+
+@pytest.mark.usefixtures("native_present")
+def test_a_strict_wish_is_met_or_an_error() -> None:
     model_output, *rest = ARGUMENTS
     with (
-        ops.backend("native"),
+        ops.backend("native", strict=True),
         pytest.raises(ConfigError, match="cannot run guided_ddim_step here: model_output is"),
     ):
         ops.guided_ddim_step(model_output.half(), *rest)
+    with (
+        ops.backend("xformers", strict=True),
+        pytest.raises(ConfigError, match="guided_ddim_step does not have; it has native,"),
+    ):
+        ops.guided_ddim_step(*ARGUMENTS)
+
+
+@pytest.mark.usefixtures("native_present")
+def test_one_operator_can_have_a_backend_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    with ops.backend(guided_ddim_step="reference"):
+        assert chosen() == "reference"
+    with ops.backend("reference", guided_ddim_step="native"):
+        assert chosen() == "native"
+    monkeypatch.setenv("REWARDPROP_BACKEND", "native, guided_ddim_step=reference")
+    assert chosen() == "reference"
+    monkeypatch.setenv("REWARDPROP_BACKEND", "guided_ddim_step=native,reference")
+    assert chosen() == "native"
+
+
+def test_the_backward_pass_keeps_the_wish_of_the_forward_pass(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Also in autograd's own threads, where the caller's context is unknown."""
+    seen: list[str] = []
+    choose = registry.choose
+
+    def spy(operator: registry.Operator, *arguments: object) -> registry.Choice:
+        seen.append(registry.current().name)
+        return choose(operator, *arguments)
+
+    monkeypatch.setattr(op, "choose", spy)
+    model_output, *rest = ARGUMENTS
+    with ops.backend("reference"):
+        loss = ops.guided_ddim_step(model_output.clone().requires_grad_(), *rest).sum()
+    thread = threading.Thread(target=loss.backward)
+    thread.start()
+    thread.join()
+    assert seen == ["reference", "reference"]
 
 
 def test_an_unknown_name_is_refused_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ConfigError, match="got 'fast'; allowed are 'auto', 'native', 'reference'"):
+    with pytest.raises(ConfigError, match="got 'fast'; allowed are 'auto', 'native', 'triton'"):
         ops.backend("fast").__enter__()
+    with pytest.raises(ConfigError, match="names the operator 'atention'; there are guided_ddim"):
+        ops.backend(atention="native").__enter__()
     monkeypatch.setenv("REWARDPROP_BACKEND", "cpu")
     with pytest.raises(ConfigError, match="REWARDPROP_BACKEND got 'cpu'"):
         chosen()

@@ -16,9 +16,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from rewardprop_fast.ops.guided_ddim_step import native, reference
+from rewardprop_fast.ops.registration import define, differentiable
 from rewardprop_fast.ops.registry import Implementation, Operator, choose
 
 
@@ -73,21 +73,6 @@ def guided_ddim_step(
     scale = None if guidance_scale is None else float(guidance_scale)
     result: Tensor = _FORWARD(model_output, latents, coefficients, scale, noise)
     return result
-
-
-# --- registration: define and impl, a fake kernel each, one autograd.Function ---
-
-_library = torch.library.Library("rewardprop_fast", "FRAGMENT")
-_library.define(
-    "guided_ddim_step(Tensor model_output, Tensor latents, Tensor coefficients, "
-    "float? guidance_scale, Tensor? noise) -> Tensor"
-)
-_library.define(
-    "guided_ddim_step_backward(Tensor grad, Tensor coefficients, float? guidance_scale, "
-    "ScalarType model_dtype) -> Tensor"
-)
-_FORWARD = torch.ops.rewardprop_fast.guided_ddim_step.default
-_BACKWARD = torch.ops.rewardprop_fast.guided_ddim_step_backward.default
 
 
 def _forward(
@@ -145,66 +130,38 @@ def _backward_fake(
     )
 
 
-class _GuidedDDIMStep(torch.autograd.Function):
-    """Keeps the three coefficients and nothing else."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        keyset: Any,
-        model_output: Tensor,
-        latents: Tensor,
-        coefficients: Tensor,
-        guidance_scale: float | None,
-        noise: Tensor | None,
-    ) -> Tensor:
-        ctx.save_for_backward(coefficients)
-        ctx.guidance_scale = guidance_scale
-        ctx.model_dtype = model_output.dtype
-        return _below_autograd(keyset, model_output, latents, coefficients, guidance_scale, noise)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        (coefficients,) = ctx.saved_tensors
-        _, model_output_needed, latents_needed, *_ = ctx.needs_input_grad
-        grad_model_output = grad_latents = None
-        if model_output_needed:
-            grad_model_output = _BACKWARD(grad, coefficients, ctx.guidance_scale, ctx.model_dtype)
-        if latents_needed:
-            grad_latents = coefficients[0] * grad
-        return None, grad_model_output, grad_latents, None, None, None
+def _save(ctx: Any, args: tuple[Any, ...], output: Tensor) -> None:
+    """The three coefficients and nothing else."""
+    model_output, _, coefficients, guidance_scale, _ = args
+    ctx.save_for_backward(coefficients)
+    ctx.guidance_scale = guidance_scale
+    ctx.model_dtype = model_output.dtype
 
 
-def _below_autograd(keyset: Any, *args: Any) -> Tensor:
-    with torch._C._AutoDispatchBelowAutograd():
-        result: Tensor = _FORWARD.redispatch(keyset & torch._C._after_autograd_keyset, *args)
-    return result
+def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    (coefficients,) = ctx.saved_tensors
+    model_output_needed, latents_needed, *_ = ctx.needs_input_grad
+    grad_model_output = grad_latents = None
+    if model_output_needed:
+        grad_model_output = _BACKWARD(grad, coefficients, ctx.guidance_scale, ctx.model_dtype)
+    if latents_needed:
+        grad_latents = coefficients[0] * grad
+    return grad_model_output, grad_latents, None, None, None
 
 
-def _autograd(
-    keyset: Any,
-    model_output: Tensor,
-    latents: Tensor,
-    coefficients: Tensor,
-    guidance_scale: float | None,
-    noise: Tensor | None,
-) -> Tensor:
-    args = (model_output, latents, coefficients, guidance_scale, noise)
-    # Function.apply makes a node even where nothing needs one; the no-grad prefix goes past it.
-    if torch.is_grad_enabled() and (model_output.requires_grad or latents.requires_grad):
-        result: Tensor = _GuidedDDIMStep.apply(keyset, *args)
-        return result
-    return _below_autograd(keyset, *args)
-
-
-_library.impl("guided_ddim_step", _forward, "CompositeExplicitAutograd")
-_library.impl("guided_ddim_step", _autograd, "Autograd", with_keyset=True)
-_library.impl("guided_ddim_step_backward", _backward, "CompositeExplicitAutograd")
-torch.library.register_fake("rewardprop_fast::guided_ddim_step", _forward_fake, lib=_library)
-torch.library.register_fake(
-    "rewardprop_fast::guided_ddim_step_backward", _backward_fake, lib=_library
+_FORWARD = define(
+    "guided_ddim_step(Tensor model_output, Tensor latents, Tensor coefficients, "
+    "float? guidance_scale, Tensor? noise) -> Tensor",
+    _forward,
+    _forward_fake,
 )
+_BACKWARD = define(
+    "guided_ddim_step_backward(Tensor grad, Tensor coefficients, float? guidance_scale, "
+    "ScalarType model_dtype) -> Tensor",
+    _backward,
+    _backward_fake,
+)
+_FUNCTION = differentiable(_FORWARD, _save, _gradients)
 
 
 # --- legality ---
