@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from rewardprop_fast.memory.fake import make_fake
 from rewardprop_fast.memory.measure import Holding, MemoryTracker
 
-__all__ = ["Holding", "MemoryTracker"]
+__all__ = ["Holding", "MemoryTracker", "make_fake"]

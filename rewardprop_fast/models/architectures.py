@@ -6,6 +6,8 @@ config.json files of stable-diffusion-v1-5 and stable-diffusion-xl-base-1.0.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -44,35 +46,58 @@ AUTOENCODER: dict[str, Any] = {
 }
 
 
-def unet(name: str, **changes: Any) -> UNet2DConditionModel:
-    """The UNet of "sd15" or "sdxl", frozen, in evaluation mode; ``changes`` replace settings.
+def unet(name: str, dtype: torch.dtype = torch.float32, **changes: Any) -> UNet2DConditionModel:
+    """The UNet of "sd15" or "sdxl", frozen, channels last; ``changes`` replace settings.
 
-    Random weights from torch's generator, on torch's current default device and dtype: inside
-    ``with torch.device("meta")`` it holds no memory.
+    Random weights from torch's generator, made in ``dtype`` on torch's current default device:
+    inside ``with torch.device("meta")`` or ``FakeTensorMode()`` it holds no memory.
     """
-    return UNet2DConditionModel(**{**UNETS[name], **changes}).requires_grad_(False).eval()
+    with _default_dtype(dtype):
+        return _ready(UNet2DConditionModel(**{**UNETS[name], **changes}))
 
 
-def autoencoder(**changes: Any) -> AutoencoderKL:
-    """The autoencoder of both, frozen, in evaluation mode; weights as for `unet`."""
-    return AutoencoderKL(**{**AUTOENCODER, **changes}).requires_grad_(False).eval()
+def autoencoder(dtype: torch.dtype = torch.float32, **changes: Any) -> AutoencoderKL:
+    """The autoencoder of both, frozen, channels last; weights as for `unet`."""
+    with _default_dtype(dtype):
+        return _ready(AutoencoderKL(**{**AUTOENCODER, **changes}))
+
+
+def _ready(model: Any) -> Any:
+    """Frozen, in evaluation mode, convolutions channels last.
+
+    Parameters are replaced, not converted: ``model.to`` does not work on fake tensors.
+    """
+    for module in model.modules():
+        if isinstance(module, torch.nn.Conv2d):
+            weight = module.weight.detach().contiguous(memory_format=torch.channels_last)
+            module.weight = torch.nn.Parameter(weight)
+    return model.requires_grad_(False).eval()
+
+
+@contextmanager
+def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 def unet_inputs(
     model: UNet2DConditionModel, batch: int, size: int, dtype: torch.dtype
 ) -> dict[str, Any]:
     """Random arguments of a UNet call for latents (batch, 4, size, size), channels last."""
+    config: Any = model.config
     latents = torch.randn(batch, 4, size, size, dtype=dtype)
     inputs: dict[str, Any] = {
         "sample": latents.contiguous(memory_format=torch.channels_last),
         "timestep": torch.tensor(500),
-        "encoder_hidden_states": torch.randn(
-            batch, 77, model.config.cross_attention_dim, dtype=dtype
-        ),
+        "encoder_hidden_states": torch.randn(batch, 77, config.cross_attention_dim, dtype=dtype),
     }
-    if model.config.addition_embed_type == "text_time":
-        width = model.config.projection_class_embeddings_input_dim
-        width -= 6 * model.config.addition_time_embed_dim
+    if config.addition_embed_type == "text_time":
+        width = config.projection_class_embeddings_input_dim
+        width -= 6 * config.addition_time_embed_dim
         inputs["added_cond_kwargs"] = {
             "text_embeds": torch.randn(batch, width, dtype=dtype),
             "time_ids": torch.zeros(batch, 6, dtype=dtype),
