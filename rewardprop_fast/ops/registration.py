@@ -30,7 +30,8 @@ def define(schema: str, kernel: Callable[..., Any], fake: Callable[..., Any]) ->
     name = schema.partition("(")[0]
     _library.define(schema)
     _library.impl(name, kernel, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"rewardprop_fast::{name}", fake, lib=_library)
+    fake_kernel = registry.observed(kernel, fake)
+    torch.library.register_fake(f"rewardprop_fast::{name}", fake_kernel, lib=_library)
     return getattr(torch.ops.rewardprop_fast, name).default
 
 

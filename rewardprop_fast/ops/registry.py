@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
@@ -63,6 +63,11 @@ class Choice:
     implementation: Implementation
     reason: str
     rejected: dict[str, str]
+
+    def explain(self) -> str:
+        """One line: the backend, why it, and why not the others."""
+        passed_over = (f"; not {name}: {reason}" for name, reason in self.rejected.items())
+        return f"{self.implementation.backend} ({self.reason}{''.join(passed_over)})"
 
 
 @dataclass(frozen=True)
@@ -113,11 +118,65 @@ def under(wish: Wish) -> Iterator[None]:
         _requested.reset(token)
 
 
+@dataclass(frozen=True)
+class Observation:
+    """A call that `observing` saw: the operator, its arguments, what was chosen and why."""
+
+    operator: str
+    arguments: tuple[Any, ...]
+    choice: Choice
+
+
+class Observed(Exception):
+    """Ends a kernel that `observing` runs on fake tensors for the sake of its choice alone."""
+
+
+_observations: ContextVar[list[Observation] | None] = ContextVar(
+    "rewardprop_observations", default=None
+)
+
+
+@contextmanager
+def observing() -> Iterator[list[Observation]]:
+    """Gather the choices of all operators called inside the ``with`` block, on fake tensors.
+
+    Run a model inside it under `torch._subclasses.FakeTensorMode`; nothing is computed, so that a
+    large model, or a GPU that is not there, can be asked about.
+    """
+    found: list[Observation] = []
+    token = _observations.set(found)
+    try:
+        yield found
+    finally:
+        _observations.reset(token)
+
+
+def observed(kernel: Callable[..., Any], fake: Callable[..., Any]) -> Callable[..., Any]:
+    """``fake``, which under `observing` first asks ``kernel`` what it would choose."""
+
+    def run(*args: Any) -> Any:
+        if _observations.get() is not None:
+            with suppress(Observed):
+                kernel(*args)
+        return fake(*args)
+
+    return run
+
+
 def choose(operator: Operator, *args: Any) -> Choice:
     """Pick the implementation for these arguments.
 
     Raises ConfigError where a strict wish cannot be met.
     """
+    choice = _choose(operator, args)
+    observations = _observations.get()
+    if observations is not None:
+        observations.append(Observation(operator.name, args, choice))
+        raise Observed
+    return choice
+
+
+def _choose(operator: Operator, args: tuple[Any, ...]) -> Choice:
     wish = current()
     wanted = wish.of(operator.name)
     rejected: dict[str, str] = {}
@@ -154,9 +213,7 @@ def _instead(operator: Operator, wish: Wish, wanted: str, rejected: dict[str, st
 
 def explain(operator: Operator, *args: Any) -> str:
     """One line on which backend runs ``operator`` for these arguments, and why not the others."""
-    choice = choose(operator, *args)
-    passed_over = (f"; not {name}: {reason}" for name, reason in choice.rejected.items())
-    return f"{choice.implementation.backend} ({choice.reason}{''.join(passed_over)})"
+    return _choose(operator, args).explain()
 
 
 def _from_environment() -> Wish:

@@ -6,6 +6,7 @@ import threading
 
 import pytest
 import torch
+from torch._subclasses import FakeTensorMode
 
 from rewardprop_fast import ops
 from rewardprop_fast.errors import ConfigError
@@ -147,6 +148,18 @@ def test_an_unknown_name_is_refused_at_once(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setenv("REWARDPROP_BACKEND", "cpu")
     with pytest.raises(ConfigError, match="REWARDPROP_BACKEND got 'cpu'"):
         chosen()
+
+
+def test_observing_tells_what_a_call_on_fake_tensors_would_choose() -> None:
+    """Also for a GPU that is not there, and nothing is computed."""
+    with registry.observing() as seen, FakeTensorMode():
+        for device in ("cpu", "cuda"):
+            output = ops.guided_ddim_step(*GUIDED_DDIM_STEP.example(device, torch.bfloat16))
+            assert output.shape == (1, 4, 8, 8)
+    assert [one.operator for one in seen] == ["guided_ddim_step"] * 2
+    assert [one.arguments[0].device.type for one in seen] == ["cpu", "cuda"]
+    assert seen[1].choice.implementation.backend != "native"
+    assert "it runs on the CPU" in seen[1].choice.explain()
 
 
 def test_every_operator_ends_with_its_reference() -> None:
