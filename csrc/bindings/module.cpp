@@ -45,5 +45,6 @@ PYBIND11_MODULE(_native, module) {
                "ValueError where REWARDPROP_ISA names one that cannot be used.");
     module.def("max_threads", &cpu::max_threads,
                "Threads a loop may use; follows torch.set_num_threads.");
+    bindings::bind_geglu(module);
     bindings::bind_guided_ddim_step(module);
 }

@@ -1,9 +1,11 @@
 // bfloat16 as its 16 bits. Plain integer arithmetic, which compilers vectorise for every
-// instruction set. `static` for the reason given in ddim.h.
+// instruction set.
 #pragma once
 
 #include <cstdint>
 #include <cstring>
+
+#include "portable.h"
 
 namespace rewardprop::math {
 
@@ -11,19 +13,19 @@ struct BFloat16 {
     std::uint16_t bits;
 };
 
-static inline float to_float(float value) { return value; }
+REWARDPROP_FUNCTION float to_float(float value) { return value; }
 
-static inline float to_float(BFloat16 value) {
+REWARDPROP_FUNCTION float to_float(BFloat16 value) {
     std::uint32_t bits = static_cast<std::uint32_t>(value.bits) << 16;
     float result;
     std::memcpy(&result, &bits, sizeof(result));
     return result;
 }
 
-static inline void store(float value, float* out) { *out = value; }
+REWARDPROP_FUNCTION void store(float value, float* out) { *out = value; }
 
 // Rounds to nearest, ties to even, as PyTorch does; a NaN stays a NaN.
-static inline void store(float value, BFloat16* out) {
+REWARDPROP_FUNCTION void store(float value, BFloat16* out) {
     std::uint32_t bits;
     std::memcpy(&bits, &value, sizeof(bits));
     std::uint32_t rounded = (bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16;

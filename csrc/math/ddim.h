@@ -2,11 +2,9 @@
 //
 //     eps    = u + w (c - u)              classifier-free guidance, arXiv 2207.12598
 //     x_prev = a x + b eps + sigma noise  DDIM (arXiv 2010.02502, eq. 12) in its linear form
-//
-// Everything here is `static`: this header is compiled once per instruction set, and a shared
-// inline function could be taken by the linker from the AVX-512 object into code that runs on a
-// machine without it.
 #pragma once
+
+#include "portable.h"
 
 namespace rewardprop::math {
 
@@ -16,19 +14,19 @@ struct DDIMCoefficients {
     float sigma;  // of fresh noise
 };
 
-static inline float guided(float uncond, float cond, float guidance_scale) {
+REWARDPROP_FUNCTION float guided(float uncond, float cond, float guidance_scale) {
     return uncond + guidance_scale * (cond - uncond);
 }
 
-static inline float ddim_step(float latent, float eps, DDIMCoefficients k) {
+REWARDPROP_FUNCTION float ddim_step(float latent, float eps, DDIMCoefficients k) {
     return k.a * latent + k.b * eps;
 }
 
-static inline float ddim_noise(float x_prev, float noise, DDIMCoefficients k) {
+REWARDPROP_FUNCTION float ddim_noise(float x_prev, float noise, DDIMCoefficients k) {
     return x_prev + k.sigma * noise;
 }
 
 // d x_prev / d eps times the incoming gradient. The guidance splits it: (1 - w) to u, w to c.
-static inline float ddim_step_grad_eps(float grad, DDIMCoefficients k) { return k.b * grad; }
+REWARDPROP_FUNCTION float ddim_step_grad_eps(float grad, DDIMCoefficients k) { return k.b * grad; }
 
 }  // namespace rewardprop::math
