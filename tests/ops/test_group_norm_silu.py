@@ -1,0 +1,238 @@
+"""Group normalisation with SiLU against torch's own operators, in every layout and dtype."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from rewardprop_fast import ops
+from rewardprop_fast.ops import group_norm
+from tests.ops.oracle import (
+    LAYOUTS,
+    assert_as_exact_as_torch,
+    kept_for_backward,
+    laid_out,
+    output_and_gradients,
+    poisoned,
+)
+
+OP = torch.ops.rewardprop_fast.group_norm_silu.default
+OP_BACKWARD = torch.ops.rewardprop_fast.group_norm_silu_backward.default
+
+#: What runs on a CPU.
+CPU_BACKENDS = ["reference"]
+
+
+def theirs(
+    x: Tensor, groups: int, weight: Tensor | None, bias: Tensor | None, eps: float, silu: bool
+) -> Tensor:
+    """PyTorch's own."""
+    # F.group_norm refuses a group of one element, torch.group_norm does not.
+    y = torch.group_norm(x, groups, weight, bias, eps)
+    return F.silu(y) if silu else y
+
+
+def problem(
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    layout: str = "contiguous",
+    *,
+    affine: bool = True,
+    offset: float = 0.5,
+    parameter_dtype: torch.dtype | None = None,
+) -> list[Tensor | None]:
+    """x, weight, bias."""
+    x = laid_out((2 * torch.randn(shape) + offset).to(dtype), layout)
+    if not affine:
+        return [x, None, None]
+    weight, bias = (
+        (torch.randn(shape[1]) + one).to(parameter_dtype or dtype) for one in (1.0, 0.0)
+    )
+    return [x, weight, bias]
+
+
+def check(
+    backend: str,
+    leaves: list[Tensor | None],
+    groups: int,
+    silu: bool,
+    grad: Tensor,
+    eps: float = 1e-5,
+) -> None:
+    """Values and all gradients, against float64, measured by PyTorch's own error."""
+    with ops.backend(backend, strict=True), poisoned():
+        ours = output_and_gradients(
+            lambda x, w, b: group_norm(x, groups, w, b, eps, silu), leaves, grad
+        )
+    torchs = output_and_gradients(lambda x, w, b: theirs(x, groups, w, b, eps, silu), leaves, grad)
+    exact = output_and_gradients(
+        lambda x, w, b: theirs(x, groups, w, b, eps, silu),
+        [None if leaf is None else leaf.double() for leaf in leaves],
+        grad.double(),
+    )
+    assert_as_exact_as_torch(ours, torchs, exact)
+
+
+@pytest.mark.parametrize("backend", CPU_BACKENDS)
+@pytest.mark.parametrize("affine", [True, False])
+@pytest.mark.parametrize("silu", [True, False])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_is_as_exact_as_torch(
+    dtype: torch.dtype, layout: str, silu: bool, affine: bool, backend: str
+) -> None:
+    leaves = problem((3, 40, 9, 7), dtype, layout, affine=affine)
+    check(backend, leaves, 8, silu, torch.randn(3, 40, 9, 7).to(dtype))
+
+
+@pytest.mark.parametrize("silu", [True, False])
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_gradcheck_in_float64(layout: str, silu: bool) -> None:
+    leaves = [
+        None if leaf is None else leaf.requires_grad_()
+        for leaf in problem((2, 6, 3, 2), torch.float64, layout)
+    ]
+    assert torch.autograd.gradcheck(lambda x, w, b: group_norm(x, 3, w, b, silu=silu), leaves)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "strided"])
+@pytest.mark.parametrize("affine", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_opcheck(dtype: torch.dtype, affine: bool, layout: str) -> None:
+    x, weight, bias = problem((2, 32, 5, 3), dtype, layout, affine=affine)
+    assert x is not None
+    leaves = [None if leaf is None else leaf.requires_grad_() for leaf in (x, weight, bias)]
+    torch.library.opcheck(OP, (*leaves, 8, 1e-5, True))
+    with torch.no_grad():
+        _, mean, rstd = OP(x, weight, bias, 8, 1e-5, True)
+    grad = laid_out(torch.randn(x.shape).to(dtype), layout)
+    saved, needs = (x, mean, rstd, weight, bias), [True, affine, affine]
+    torch.library.opcheck(
+        OP_BACKWARD,
+        (grad, *(t if t is None else t.detach() for t in saved), True, needs),
+    )
+
+
+def test_opcheck_with_other_dimensions_and_orders() -> None:
+    transposed = torch.randn(2, 15, 32).transpose(1, 2).requires_grad_()
+    rotated = torch.randn(5, 2, 3, 32).permute(1, 3, 2, 0).requires_grad_()
+    volume = torch.randn(2, 32, 2, 3, 2).to(memory_format=torch.channels_last_3d).requires_grad_()
+    for x in (transposed, rotated, volume, torch.randn(3, 32, requires_grad=True)):
+        torch.library.opcheck(OP, (x, None, None, 8, 1e-5, True))
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_compiles_into_one_graph_with_the_same_gradient(layout: str) -> None:
+    def block(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return group_norm(group_norm(x, 4, weight, bias, silu=True).sin(), 2, weight)
+
+    leaves = [leaf for leaf in problem((2, 8, 5, 3), torch.float32, layout) if leaf is not None]
+    for leaf in leaves:
+        leaf.requires_grad_()
+    eager = block(*leaves)
+    traced = torch.compile(block, fullgraph=True, backend="aot_eager")(*leaves)
+    assert torch.equal(traced, eager)
+    assert traced.stride() == eager.stride()
+    for ours, plain in zip(
+        torch.autograd.grad(traced.square().sum(), leaves),
+        torch.autograd.grad(eager.square().sum(), leaves),
+        strict=True,
+    ):
+        torch.testing.assert_close(ours, plain)
+
+
+@pytest.mark.parametrize("backend", CPU_BACKENDS)
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_keeps_x_and_two_numbers_a_group(layout: str, backend: str) -> None:
+    x, weight, bias = problem((2, 32, 8, 8), torch.bfloat16, layout)
+    assert x is not None
+    assert weight is not None
+    assert bias is not None
+    x.requires_grad_()
+    with ops.backend(backend, strict=True):
+        kept = kept_for_backward(lambda: group_norm(x, 8, weight, bias, silu=True))
+    own = {t.untyped_storage().data_ptr() for t in (x, weight, bias)}
+    others = [t for t in kept if t.untyped_storage().data_ptr() not in own]
+    assert [(t.dtype, t.numel()) for t in others] == [(torch.float32, 16)] * 2
+
+
+@pytest.mark.parametrize("backend", CPU_BACKENDS)
+@pytest.mark.parametrize("wanted", [(1, 0, 0), (0, 1, 0), (0, 0, 1), (1, 0, 1), (0, 1, 1)])
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_computes_only_the_gradients_that_are_needed(
+    layout: str, wanted: tuple[int, ...], backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    leaves: list[Any] = problem((2, 12, 5, 3), torch.float32, layout)
+    grad = torch.randn(2, 12, 5, 3)
+    with ops.backend(backend, strict=True):
+        complete = output_and_gradients(
+            lambda x, w, b: group_norm(x, 3, w, b, silu=True), leaves, grad
+        )[1:]
+        for leaf, flag in zip(leaves, wanted, strict=True):
+            leaf.requires_grad_(bool(flag))
+        y, mean, rstd = OP(*leaves, 3, 1e-5, True)
+        found = OP_BACKWARD(
+            grad, *(t.detach() for t in (leaves[0], mean, rstd, *leaves[1:])), True, wanted
+        )
+        y.backward(grad)
+    assert len(found) == sum(wanted)
+    for leaf, flag, full in zip(leaves, wanted, complete, strict=True):
+        assert (leaf.grad is not None) == bool(flag)
+        if flag:
+            assert torch.equal(leaf.grad, full)
+
+
+def test_mean_and_rstd_carry_no_gradient() -> None:
+    x = torch.randn(2, 4, 3, 3, requires_grad=True)
+    y, mean, rstd = OP(x, None, None, 2, 1e-5, False)
+    assert y.requires_grad
+    assert not mean.requires_grad
+    assert not rstd.requires_grad
+    grouped = x.detach().reshape(2, 2, -1)
+    torch.testing.assert_close(mean, grouped.mean(2))
+    torch.testing.assert_close(rstd, (grouped.var(2, correction=0) + 1e-5).rsqrt())
+
+
+def test_a_second_derivative_is_refused() -> None:
+    x = torch.randn(2, 4, 3, 3, requires_grad=True)
+    (grad,) = torch.autograd.grad(group_norm(x, 2).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiate twice"):
+        grad.sum().backward()
+
+
+@pytest.mark.parametrize("backend", CPU_BACKENDS)
+@pytest.mark.parametrize("shape", [(0, 8, 5, 3), (2, 8, 0, 3), (0, 8)])
+def test_nothing_is_no_error(shape: tuple[int, ...], backend: str) -> None:
+    x = torch.zeros(shape, requires_grad=True)
+    weight, bias = (torch.ones(8, requires_grad=True) for _ in range(2))
+    with ops.backend(backend, strict=True):
+        y = group_norm(x, 4, weight, bias, silu=True)
+        y.sum().backward()
+    assert y.shape == shape
+    assert torch.equal(weight.grad, torch.zeros(8))
+    assert torch.equal(bias.grad, torch.zeros(8))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"x": torch.zeros(8)}, r"x has shape \(8,\); expected \(B, C, \*spatial\)"),
+        ({"x": torch.zeros(2, 8, 3).int()}, r"x has dtype torch.int32; allowed are float32"),
+        ({"num_groups": 3}, "num_groups is 3; it must divide the 8 channels"),
+        ({"num_groups": 0}, "num_groups is 0; it must divide"),
+        ({"eps": -1.0}, "eps is -1.0; it must not be negative"),
+        ({"eps": float("nan")}, "eps is nan"),
+        ({"weight": torch.zeros(4)}, r"weight has shape \(4,\); expected \(8,\)"),
+        ({"bias": torch.zeros(8, 1)}, r"bias has shape \(8, 1\); expected \(8,\)"),
+        ({"weight": torch.zeros(8).half()}, "weight has dtype torch.float16; allowed are that of"),
+        ({"bias": torch.zeros(8, device="meta")}, "bias is on meta, x on cpu; use one device"),
+    ],
+)
+def test_what_does_not_fit_is_refused_in_words(change: dict[str, Any], message: str) -> None:
+    arguments: dict[str, Any] = {"x": torch.zeros(2, 8, 3), "num_groups": 4} | change
+    with pytest.raises(ValueError, match=message):
+        group_norm(**arguments)
