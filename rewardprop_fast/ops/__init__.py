@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from rewardprop_fast.ops.attention import ATTENTION, attention
 from rewardprop_fast.ops.geglu import GEGLU, geglu
 from rewardprop_fast.ops.group_norm_silu import GROUP_NORM_SILU, group_norm
 from rewardprop_fast.ops.guided_ddim_step import GUIDED_DDIM_STEP, guided_ddim_step
 from rewardprop_fast.ops.registry import Operator, backend, explain
 
 #: Every operator by name: what ``rewardprop doctor`` lists and the tests go through.
-OPERATORS: dict[str, Operator] = {op.name: op for op in (GEGLU, GROUP_NORM_SILU, GUIDED_DDIM_STEP)}
+OPERATORS: dict[str, Operator] = {
+    op.name: op for op in (ATTENTION, GEGLU, GROUP_NORM_SILU, GUIDED_DDIM_STEP)
+}
 
 __all__ = [
     "OPERATORS",
     "Operator",
+    "attention",
     "backend",
     "explain",
     "geglu",
