@@ -3,14 +3,24 @@
 from __future__ import annotations
 
 from rewardprop_fast.ops.attention import ATTENTION, attention
+from rewardprop_fast.ops.frozen_linear import FROZEN_LINEAR, frozen_linear
 from rewardprop_fast.ops.geglu import GEGLU, geglu
 from rewardprop_fast.ops.group_norm_silu import GROUP_NORM_SILU, group_norm
 from rewardprop_fast.ops.guided_ddim_step import GUIDED_DDIM_STEP, guided_ddim_step
+from rewardprop_fast.ops.lora_linear import LORA_LINEAR, lora_linear, lora_linears
 from rewardprop_fast.ops.registry import Operator, backend, explain
 
 #: Every operator by name: what ``rewardprop doctor`` lists and the tests go through.
 OPERATORS: dict[str, Operator] = {
-    op.name: op for op in (ATTENTION, GEGLU, GROUP_NORM_SILU, GUIDED_DDIM_STEP)
+    op.name: op
+    for op in (
+        ATTENTION,
+        FROZEN_LINEAR,
+        GEGLU,
+        GROUP_NORM_SILU,
+        GUIDED_DDIM_STEP,
+        LORA_LINEAR,
+    )
 }
 
 __all__ = [
@@ -19,7 +29,10 @@ __all__ = [
     "attention",
     "backend",
     "explain",
+    "frozen_linear",
     "geglu",
     "group_norm",
     "guided_ddim_step",
+    "lora_linear",
+    "lora_linears",
 ]

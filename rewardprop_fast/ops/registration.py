@@ -59,6 +59,8 @@ def differentiable(
         ctx.set_materialize_grads(False)
         ctx.wish = registry.current()
         output = _below_autograd(operator, keyset, args)
+        if isinstance(output, list):  # a schema's Tensor[]: a Function knows tuples alone
+            output = tuple(output)
         save(ctx, args, output)
         return output
 
