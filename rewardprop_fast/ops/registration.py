@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from rewardprop_fast.ops import registry
+from rewardprop_fast.ops import registry, triton_runtime
 
 _library = torch.library.Library("rewardprop_fast", "FRAGMENT")
 
@@ -30,7 +30,7 @@ def define(schema: str, kernel: Callable[..., Any], fake: Callable[..., Any]) ->
     name = schema.partition("(")[0]
     _library.define(schema)
     _library.impl(name, kernel, "CompositeExplicitAutograd")
-    fake_kernel = registry.observed(kernel, fake)
+    fake_kernel = triton_runtime.recorded(kernel, registry.observed(kernel, fake))
     torch.library.register_fake(f"rewardprop_fast::{name}", fake_kernel, lib=_library)
     return getattr(torch.ops.rewardprop_fast, name).default
 

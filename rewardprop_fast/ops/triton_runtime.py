@@ -8,7 +8,7 @@ GPU can be listed and compiled ahead of time without one: `recording` with tenso
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -123,8 +123,8 @@ def launch(
 def recording(capability: tuple[int, int] = DEFAULT_CAPABILITY) -> Iterator[Recording]:
     """Gather launches instead of running them, as a device of this capability would get them.
 
-    Call a form's own ``forward`` or ``backward`` (``triton_kernels.forward``) with tensors of the
-    device "meta" inside the block.
+    Call an operator (or a form's own ``forward`` or ``backward``) with tensors of the device "meta"
+    inside the block, and inside ``ops.backend("triton", strict=True)``.
     """
     gathered = Recording(capability)
     token = _recording.set(gathered)
@@ -132,6 +132,15 @@ def recording(capability: tuple[int, int] = DEFAULT_CAPABILITY) -> Iterator[Reco
         yield gathered
     finally:
         _recording.reset(token)
+
+
+def recorded(kernel: Callable[..., Any], fake: Callable[..., Any]) -> Callable[..., Any]:
+    """``fake``, which under `recording` is ``kernel`` itself: it launches, and that is noted."""
+
+    def run(*args: Any) -> Any:
+        return fake(*args) if _recording.get() is None else kernel(*args)
+
+    return run
 
 
 @contextmanager

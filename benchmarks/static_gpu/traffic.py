@@ -1,0 +1,259 @@
+"""Bytes and FLOPs of a launch, counted from the kernel itself.
+
+A few of the launch's programs run in Triton's interpreter on addresses that stand for no memory:
+loads give zeros, products give zeros, and every address is noted. So the count follows the kernel's
+own tiles, masks and loops, whatever the size of the tensors. Needs TRITON_INTERPRET=1 before triton
+is imported.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+
+from benchmarks.static_gpu.launches import PlainLaunch, TensorArgument
+
+#: So many programs are run to the end, spread over the grid by the golden ratio: masks at the edges
+#: then weigh as much as they do in the whole grid.
+_WHOLE = 5
+
+#: Of so many programs, the first in launch order, the first tiles are looked at.
+_LOOKED_AT = 132
+
+#: Each storage gets an address range of its own.
+_SPAN = 1 << 44
+
+
+@dataclass(frozen=True)
+class Stream:
+    """What one program does with one tensor, averaged over the programs that were run; bytes.
+
+    Tensors that share memory (views of a packed input) are one stream, named after the first.
+    """
+
+    nbytes: int  # of the tensor
+    read: float  # all that is asked for
+    read_distinct: float  # each element once
+    sectors: float  # of 32 bytes, that the reads touch
+    written: float
+    #: For the first programs in launch order, which tile each reads first; empty if not looked at.
+    tiles: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """What one launch computes and moves."""
+
+    programs: int
+    flops: float  # of one program's products, padding included
+    operand: str  # dtype of the products' operands: "bfloat16", "tf32", "float32", or "" for none
+    streams: dict[str, Stream]
+
+
+def traffic(launch: PlainLaunch) -> Traffic:
+    """Run a few programs of the launch and count."""
+    spread = (int(launch.programs * ((0.5 + 0.618034 * i) % 1)) for i in range(_WHOLE))
+    traces = [_whole(launch, program) for program in sorted(set(spread))]
+    storages: dict[int, str] = {}
+    for name, argument in launch.arguments.items():
+        if isinstance(argument, TensorArgument):
+            storages.setdefault(argument.storage, name)
+    reads = {n: np.mean([_distinct(t, n) for t in traces]) for n in storages}
+    # What is less than a hundredth of the traffic does not decide anything; it may come last.
+    large = {n for n, bytes_read in reads.items() if bytes_read > max(reads.values()) / 100}
+    tiles = _first_tiles(launch, large)
+    streams = {
+        name: Stream(
+            nbytes=_nbytes(launch, number),
+            read=_mean(traces, number, lambda access: access.read_bytes),
+            read_distinct=float(reads[number]),
+            sectors=_mean(traces, number, lambda access: access.sector_bytes),
+            written=_mean(traces, number, lambda access: access.written_bytes),
+            tiles=tiles.get(number, ()),
+        )
+        for number, name in storages.items()
+    }
+    operand = next((trace.operand for trace in traces if trace.operand), "")
+    flops = float(np.mean([trace.flops for trace in traces]))
+    return Traffic(launch.programs, flops, operand, streams)
+
+
+@dataclass
+class _Access:
+    """One program's accesses to one storage."""
+
+    read: list[np.ndarray] = field(default_factory=list)
+    itemsize: int = 1
+    sector_bytes: int = 0
+    written_bytes: int = 0
+
+    @property
+    def read_bytes(self) -> int:
+        return sum(addresses.size for addresses in self.read) * self.itemsize
+
+
+@dataclass
+class _Counter:
+    """Takes the place of the interpreter's memory and of its products."""
+
+    accesses: dict[int, _Access] = field(default_factory=dict)
+    flops: float = 0.0
+    operand: str = ""
+
+    def load(self, pointers: Any, mask: Any, other: Any, *_: Any) -> Any:
+        from triton.runtime.interpreter import TensorHandle, _get_np_dtype
+
+        kind = pointers.get_element_ty()
+        addresses = _unmasked(pointers, mask)
+        if addresses.size:
+            self.note_read(int(addresses[0]) // _SPAN, addresses, kind.primitive_bitwidth // 8)
+        return TensorHandle(np.zeros(pointers.data.shape, dtype=_get_np_dtype(kind)), kind)
+
+    def note_read(self, storage: int, addresses: np.ndarray, itemsize: int) -> None:
+        access = self.accesses.setdefault(storage, _Access())
+        access.read.append(addresses)
+        access.itemsize = itemsize
+        access.sector_bytes += 32 * np.unique(addresses // 32).size
+
+    def store(self, pointers: Any, value: Any, mask: Any, *_: Any) -> None:
+        addresses = _unmasked(pointers, mask)
+        if addresses.size:
+            access = self.accesses.setdefault(int(addresses[0]) // _SPAN, _Access())
+            size = pointers.get_element_ty().primitive_bitwidth // 8
+            access.written_bytes += addresses.size * size
+
+    def dot(self, a: Any, b: Any, d: Any, precision: Any, *_: Any) -> Any:
+        from triton.runtime.interpreter import TensorHandle
+
+        self.flops += 2.0 * d.data.size * a.data.shape[-1]
+        float32 = "float32" if "IEEE" in str(precision).upper() else "tf32"
+        self.operand = {"bf16": "bfloat16", "fp16": "float16"}.get(str(a.dtype.scalar), float32)
+        return TensorHandle(np.zeros_like(d.data), d.dtype.scalar)
+
+
+class _Enough(BaseException):  # not an Exception: the interpreter would wrap it
+    """All storages that were looked for have been read from."""
+
+
+@dataclass
+class _Finder(_Counter):
+    """Notes the first address read from each storage, and ends the program when it has all."""
+
+    looked_for: set[int] = field(default_factory=set)
+    first: dict[int, int] = field(default_factory=dict)
+
+    def note_read(self, storage: int, addresses: np.ndarray, itemsize: int) -> None:
+        self.first.setdefault(storage, int(addresses.min()))
+        if self.looked_for <= self.first.keys():
+            raise _Enough
+
+
+def _whole(launch: PlainLaunch, program: int) -> _Counter:
+    counter = _Counter()
+    with _interpreter(launch, counter) as run:
+        run(program)
+    return counter
+
+
+def _first_tiles(launch: PlainLaunch, storages: set[int]) -> dict[int, tuple[int, ...]]:
+    """storage -> the number of the tile that each of the first programs reads first."""
+    if not storages:
+        return {}
+    found: dict[int, list[int]] = {number: [] for number in storages}
+    finder = _Finder(looked_for=storages)
+    with _interpreter(launch, finder) as run:
+        for program in range(min(launch.programs, _LOOKED_AT)):
+            finder.first.clear()
+            run(program)
+            for number in storages:
+                found[number].append(finder.first.get(number, -1))
+    return {number: _numbered(addresses) for number, addresses in found.items()}
+
+
+def _numbered(addresses: list[int]) -> tuple[int, ...]:
+    numbers: dict[int, int] = {}
+    return tuple(numbers.setdefault(address, len(numbers)) for address in addresses)
+
+
+@contextmanager
+def _interpreter(launch: PlainLaunch, counter: _Counter) -> Iterator[Any]:
+    """A function that runs one program, by its number in launch order, under ``counter``."""
+    from triton.runtime import interpreter
+
+    kernel = launch.configuration.function()
+    assert hasattr(kernel, "rewrite"), "TRITON_INTERPRET=1 must be set before triton is imported"
+    function, builder = kernel.rewrite(), interpreter.interpreter_builder
+    given = {
+        name: interpreter._implicit_cvt(_Pointer(value) if _is_tensor(value) else value)
+        for name, value in launch.arguments.items()
+    }
+    width, height, _ = launch.grid
+
+    def run(program: int) -> None:
+        builder.set_grid_idx(
+            program % width, program // width % height, program // (width * height)
+        )
+        try:
+            with np.errstate(all="ignore"):
+                function(**given, **launch.constexprs)
+        except _Enough:
+            pass
+
+    replaced = {
+        "create_masked_load": counter.load,
+        "create_masked_store": counter.store,
+        "create_dot": counter.dot,
+    }
+    scope = interpreter._patch_lang(function)
+    builder.set_grid_dim(*launch.grid)
+    vars(builder).update(replaced)
+    try:
+        yield run
+    finally:
+        for name in replaced:
+            del vars(builder)[name]
+        scope.restore()
+
+
+class _Pointer:
+    """An argument as the interpreter asks for it: an address that stands for no memory."""
+
+    def __init__(self, argument: TensorArgument) -> None:
+        self.dtype = getattr(torch, argument.dtype)
+        self._address = (argument.storage + 1) * _SPAN + argument.offset
+
+    def data_ptr(self) -> int:
+        return self._address
+
+
+def _is_tensor(value: Any) -> bool:
+    return isinstance(value, TensorArgument)
+
+
+def _unmasked(pointers: Any, mask: Any) -> np.ndarray:
+    # Address ranges begin at 1, so that a null pointer is none of them.
+    shown = np.broadcast_to(mask.data, pointers.data.shape)
+    found: np.ndarray = pointers.data[shown].astype(np.int64) - _SPAN
+    return found
+
+
+def _distinct(trace: _Counter, storage: int) -> int:
+    access = trace.accesses.get(storage)
+    if access is None or not access.read:
+        return 0
+    return int(np.unique(np.concatenate(access.read)).size) * access.itemsize
+
+
+def _mean(traces: list[_Counter], storage: int, value: Any) -> float:
+    return float(np.mean([value(trace.accesses.get(storage, _Access())) for trace in traces]))
+
+
+def _nbytes(launch: PlainLaunch, storage: int) -> int:
+    arguments = [a for a in launch.arguments.values() if _is_tensor(a) and a.storage == storage]
+    begin = min(argument.offset for argument in arguments)
+    return max(argument.offset + argument.nbytes for argument in arguments) - begin
