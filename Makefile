@@ -17,7 +17,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 # torch's version stands in the lock and nowhere else.
 TORCH := $(shell grep '^torch==' requirements-dev.lock)
-CPP := $(shell find csrc -name '*.cpp' -o -name '*.h')
+CPP := $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
 # The tests are many small computations, which threads that wait for each other make slower.
 TEST_THREADS ?= 1
@@ -47,7 +47,7 @@ bench: install
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
-	rm -f rewardprop_fast/_native*.so rewardprop_fast/_native_missing.txt
+	rm -f rewardprop_fast/_native* rewardprop_fast/_cuda*
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # --- installation -----------------------------------------------------------------------------------------------
@@ -56,7 +56,7 @@ clean:
 install: $(VENV)/.package
 
 # The package itself, editable, with the native module built by the locked tools (so without build isolation).
-$(VENV)/.package: $(VENV)/.requirements setup.py pyproject.toml CMakeLists.txt rewardprop_fast/version.py $(CPP)
+$(VENV)/.package: $(VENV)/.requirements setup.py pyproject.toml CMakeLists.txt csrc/cuda/CMakeLists.txt rewardprop_fast/version.py $(CPP)
 	$(PIP) install --quiet --no-deps --no-build-isolation --editable .
 	@test ! -f rewardprop_fast/_native_missing.txt || \
 	  { printf 'warning: installed without the native module: '; cat rewardprop_fast/_native_missing.txt; } >&2

@@ -18,7 +18,7 @@ import torch
 
 from rewardprop_fast import ops
 from rewardprop_fast.errors import ConfigError
-from rewardprop_fast.ops import native
+from rewardprop_fast.ops import cuda_module, native
 from rewardprop_fast.version import __version__
 
 _REQUIRED = ("torch", "diffusers", "transformers", "peft", "accelerate", "safetensors", "numpy")
@@ -77,7 +77,8 @@ def render(facts: dict[str, Any] | None = None) -> str:
         },
         "CUDA": {
             "device": cuda["device"] or f"none ({cuda['why_none']})",
-            "nvcc": f"{cuda['nvcc'] or 'not found'} (not needed: no kernel here is CUDA C++)",
+            "kernels in CUDA C++": cuda["module_problem"] or f"built: {cuda['module']}",
+            "nvcc": f"{cuda['nvcc'] or 'not found'} (needed only to build these)",
         },
         "operators": dict(facts["operators"]),
     }
@@ -167,12 +168,15 @@ def _memory() -> dict[str, int | None]:
 
 def _cuda() -> dict[str, Any]:
     available = torch.cuda.is_available()
+    problem = cuda_module.why_missing()
     why_none = "no device or driver" if torch.version.cuda else "torch is built without CUDA"
     return {
         "device": torch.cuda.get_device_name(0) if available else None,
         "why_none": None if available else why_none,
         "built_for": torch.version.cuda,
         "nvcc": shutil.which("nvcc"),
+        "module": None if problem else cuda_module.module().__file__,
+        "module_problem": problem,
     }
 
 
@@ -200,6 +204,11 @@ def _advice(facts: dict[str, Any]) -> list[str]:
         advice.append(
             f"the native module is {facts['native']['problem']}. Everything works without it, on "
             "PyTorch's operators; to have it, put that right and install rewardprop-fast again."
+        )
+    if facts["cuda"]["device"] and facts["cuda"]["module_problem"]:
+        advice.append(
+            f"the module of CUDA C++ kernels is {facts['cuda']['module_problem']}. Everything "
+            "works without it; to have it, put that right and install rewardprop-fast again."
         )
     if facts["native"]["isa_problem"]:
         advice.append(facts["native"]["isa_problem"])

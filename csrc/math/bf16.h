@@ -7,6 +7,10 @@
 
 #include "portable.h"
 
+#if defined(__CUDACC__)
+#include <cuda_bf16.h>
+#endif
+
 namespace rewardprop::math {
 
 struct BFloat16 {
@@ -25,11 +29,17 @@ REWARDPROP_FUNCTION float to_float(BFloat16 value) {
 REWARDPROP_FUNCTION void store(float value, float* out) { *out = value; }
 
 // Rounds to nearest, ties to even, as PyTorch does; a NaN stays a NaN.
+#if defined(__CUDA_ARCH__)
+REWARDPROP_FUNCTION void store(float value, BFloat16* out) {
+    out->bits = __bfloat16_as_ushort(__float2bfloat16_rn(value));
+}
+#else
 REWARDPROP_FUNCTION void store(float value, BFloat16* out) {
     std::uint32_t bits;
     std::memcpy(&bits, &value, sizeof(bits));
     std::uint32_t rounded = (bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16;
     out->bits = static_cast<std::uint16_t>(value != value ? 0x7FC0u : rounded);
 }
+#endif
 
 }  // namespace rewardprop::math

@@ -16,7 +16,9 @@ namespace rewardprop::math {
 // matter to the last bit: a call to the C library, which rounds once everywhere, is no loop that
 // vectorises.
 REWARDPROP_FUNCTION float multiply_add(float a, float b, float c) {
-#if defined(__CUDACC__) || defined(__FMA__) || defined(__AVX512F__) || defined(__ARM_FEATURE_FMA)
+#if defined(__CUDA_ARCH__)
+    return __fmaf_rn(a, b, c);
+#elif defined(__FMA__) || defined(__AVX512F__) || defined(__ARM_FEATURE_FMA)
     return __builtin_fmaf(a, b, c);
 #else
     return a * b + c;

@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 from functools import cache
-from importlib import import_module
-from pathlib import Path
 from typing import Any
 
-# Before the compiled module, whose libgomp.so.1 then resolves to torch's OpenMP pool.
 import torch
 
-from rewardprop_fast.version import __version__
+from rewardprop_fast.ops import compiled
 
-_PACKAGE = Path(__file__).resolve().parent.parent
-_NOTE = _PACKAGE / "_native_missing.txt"  # written by setup.py where the build failed
+_NOTE = compiled.note_path("_native")
 
 
 def module() -> Any:
@@ -39,16 +35,4 @@ def why_not_cpu(*tensors: torch.Tensor | None) -> str | None:
 
 @cache
 def _load() -> tuple[Any | None, str | None]:
-    try:
-        native = import_module("rewardprop_fast._native")
-    except ModuleNotFoundError:
-        if _NOTE.exists():
-            return None, f"not built: {_NOTE.read_text(encoding='utf-8').strip()}"
-        return None, "not built: installed without it, or run from a source tree"
-    except ImportError as error:
-        return None, f"built, but it does not load: {error}"
-    if native.version() != __version__:
-        return None, (
-            f"built for version {native.version()}, this is {__version__}: install it again"
-        )
-    return native, None
+    return compiled.load("_native", _NOTE)

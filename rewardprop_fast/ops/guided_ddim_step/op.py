@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rewardprop_fast.ops.guided_ddim_step import native, reference
+from rewardprop_fast.ops.guided_ddim_step import cuda, native, reference
 from rewardprop_fast.ops.registration import define, differentiable
 from rewardprop_fast.ops.registry import Implementation, Operator, choose
 
@@ -31,6 +31,7 @@ def _example(device: str, dtype: torch.dtype) -> tuple[Any, ...]:
 GUIDED_DDIM_STEP = Operator(
     "guided_ddim_step",
     (
+        Implementation("cuda", cuda.why_not, cuda.forward, cuda.backward),
         Implementation("native", native.why_not, native.forward, native.backward),
         Implementation("reference", lambda *_: None, reference.forward, reference.backward),
     ),

@@ -1,0 +1,13 @@
+// rewardprop_fast._cuda: the CUDA C++ kernels. Raw pointers and a stream in, exceptions out, as in
+// _native; a module of its own, so that a problem with CUDA never takes the CPU's kernels away.
+#include <pybind11/pybind11.h>
+
+#include "operators.h"
+
+PYBIND11_MODULE(REWARDPROP_MODULE, module) {
+    using namespace rewardprop::cuda;
+    module.doc() = "CUDA kernels of rewardprop_fast.";
+    module.def(
+        "version", [] { return REWARDPROP_VERSION; }, "The package version this was built from.");
+    bindings::bind_guided_ddim_step(module);
+}

@@ -1,0 +1,100 @@
+"""The CUDA C++ form of the guided DDIM step, on the emulation of its kernels."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from rewardprop_fast import ops
+from rewardprop_fast.ops import guided_ddim_step
+from tests.ops.oracle import laid_out, poisoned
+
+pytestmark = pytest.mark.usefixtures("emulated_cuda")
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def outputs_and_gradients(backend: str, args: tuple, weight: Tensor) -> list[Tensor]:
+    """x_prev and the gradients of model_output and latents, for the loss sum(weight * x_prev)."""
+    model_output, latents = args[0].detach().requires_grad_(), args[1].detach().requires_grad_()
+    with ops.backend(backend, strict=True), poisoned():
+        x_prev = guided_ddim_step(model_output, latents, *args[2:])
+        gradients = torch.autograd.grad(x_prev, (model_output, latents), weight)
+    return [x_prev.detach(), *gradients]
+
+
+def assert_same_bits(
+    shape: tuple[int, ...],
+    *,
+    guided: bool,
+    noisy: bool,
+    model_dtype: torch.dtype,
+    layout: str = "contiguous",
+) -> None:
+    batch, *rest = shape
+    args = (
+        laid_out(torch.randn((1 + guided) * batch, *rest).to(model_dtype), layout),
+        laid_out(torch.randn(shape), layout),
+        torch.tensor([1.0371, -0.2213, 0.0817]),
+        7.5 if guided else None,
+        torch.randn(shape) if noisy else None,
+    )
+    weight = torch.randn(shape)
+    emulated = outputs_and_gradients("cuda", args, weight)
+    plain = outputs_and_gradients("reference", args, weight)
+    for ours, theirs in zip(emulated, plain, strict=True):
+        assert torch.equal(ours, theirs)
+
+
+@settings(
+    max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(
+    shape=st.tuples(*(st.integers(0 if n == 3 else 1, n) for n in (3, 5, 19, 19))),
+    guided=st.booleans(),
+    noisy=st.booleans(),
+    model_dtype=st.sampled_from(DTYPES),
+    layout=st.sampled_from(["contiguous", "channels_last", "strided"]),
+)
+def test_equals_the_reference_bit_by_bit(
+    shape: tuple[int, ...], guided: bool, noisy: bool, model_dtype: torch.dtype, layout: str
+) -> None:
+    assert_same_bits(shape, guided=guided, noisy=noisy, model_dtype=model_dtype, layout=layout)
+
+
+@pytest.mark.races
+@pytest.mark.parametrize("count", [4 * 256 * 2 + 4, 257], ids=["packs", "single"])
+@pytest.mark.parametrize("model_dtype", DTYPES)
+def test_more_than_one_block(count: int, model_dtype: torch.dtype) -> None:
+    assert_same_bits((1, 1, 1, count), guided=True, noisy=True, model_dtype=model_dtype)
+
+
+def test_arrays_that_are_not_aligned_to_packs() -> None:
+    """Views that begin at an odd element: dense, but no thread may load 16 bytes of them."""
+    latents = torch.randn(1 + 2 * 64)[1:].reshape(2, 1, 8, 8)
+    model_output = torch.randn(1 + 4 * 64).bfloat16()[1:].reshape(4, 1, 8, 8)
+    args = (model_output, latents, torch.tensor([1.0, 0.5, 0.0]), 2.0, None)
+    weight = torch.randn(1 + 2 * 64)[1:].reshape(2, 1, 8, 8)
+    emulated = outputs_and_gradients("cuda", args, weight)
+    for ours, theirs in zip(
+        emulated, outputs_and_gradients("reference", args, weight), strict=True
+    ):
+        assert torch.equal(ours, theirs)
+
+
+def test_every_float16_is_read_and_written_right() -> None:
+    """All 65536 of them through the kernel: to float32 and, as gradients, back."""
+    halves = torch.arange(-(1 << 15), 1 << 15, dtype=torch.int32).to(torch.int16)
+    model_output = halves.view(torch.float16).reshape(1, 1, 256, 256)
+    latents, identity = torch.zeros(1, 1, 256, 256), torch.tensor([0.0, 1.0, 0.0])
+    backward = torch.ops.rewardprop_fast.guided_ddim_step_backward.default
+    with ops.backend("cuda", strict=True):
+        wide = guided_ddim_step(model_output, latents, identity, None)
+        torch.testing.assert_close(wide, model_output.float(), rtol=0, atol=0, equal_nan=True)
+        exact = torch.nextafter(wide, torch.full_like(wide, torch.inf))  # and beside each
+        for grad in (wide, exact, wide * 1.00048828125, wide * 1.000244140625):
+            narrow = backward(grad, identity, None, torch.float16)
+            torch.testing.assert_close(narrow, grad.half(), rtol=0, atol=0, equal_nan=True)
