@@ -11,8 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rewardprop_fast.ops import compiled
-from rewardprop_fast.ops.triton_runtime import LEAST_CAPABILITY
+from rewardprop_fast.ops import compiled, triton_runtime
 
 _NOTE = compiled.note_path("_cuda")
 
@@ -41,8 +40,8 @@ def why_not(*tensors: Tensor | None) -> str | None:
     problem = why_missing()
     if problem is not None:
         return problem
-    found = _capability(given[0].device.index or 0)
-    if found < LEAST_CAPABILITY:
+    found = triton_runtime.capability(given[0])
+    if found < triton_runtime.LEAST_CAPABILITY:
         return f"it needs compute capability 8.0 or newer, this device has {found[0]}.{found[1]}"
     return None
 
@@ -56,8 +55,3 @@ def where(tensor: Tensor) -> dict[str, int]:
 @cache
 def _load() -> tuple[Any | None, str | None]:
     return compiled.load("_cuda", _NOTE)
-
-
-@cache
-def _capability(index: int) -> tuple[int, int]:
-    return torch.cuda.get_device_capability(index)

@@ -88,7 +88,7 @@ def capability(tensor: Tensor) -> tuple[int, int]:
     recording = _recording.get()
     if recording is not None:
         return recording.capability
-    if tensor.device.type == "cuda":
+    if tensor.device.type == "cuda" and torch.cuda.is_available():  # not a fake one
         return _capability(tensor.device.index or 0)
     return DEFAULT_CAPABILITY
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from rewardprop_fast import doctor
-from rewardprop_fast.ops import native
+from rewardprop_fast.ops import cuda_module, native
 
 
 def test_report_can_be_written_as_json_and_names_every_operator() -> None:
@@ -42,6 +42,17 @@ def test_says_what_is_missing_and_what_to_do(monkeypatch: pytest.MonkeyPatch) ->
     assert "reference (the first that is legal here; not native: not built: no C++" in text
     assert "what is missing\n  - the native module is not built: no C++ compiler was found" in text
     assert "install rewardprop-fast again" in text
+
+
+def test_says_why_the_cuda_kernels_are_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda_module, "_load", lambda: (None, "not built: nvcc was not found"))
+    facts = doctor.report()
+    assert "kernels in CUDA C++  not built: nvcc was not found" in doctor.render(facts)
+    # Nothing to be done about on a machine without a GPU.
+    for device, advised in ((None, False), ("RTX 3090", True)):
+        facts["cuda"]["device"] = device
+        advice = "\n".join(doctor._advice(facts))
+        assert ("CUDA C++ kernels is not built: nvcc was not found" in advice) == advised
 
 
 def test_wrong_settings_are_shown_not_raised(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -37,13 +37,15 @@ def forward(
     noise: Tensor | None,
 ) -> Tensor:
     """x_prev (B, C, h, w), float32. All tensors dense and in one memory format."""
-    arguments = (model_output, latents, coefficients, guidance_scale, noise)
-    return compiled.forward(cuda_module.module(), *arguments, **cuda_module.where(latents))
+    module, where = cuda_module.module(), cuda_module.where(latents)
+    return compiled.forward(
+        module, model_output, latents, coefficients, guidance_scale, noise, **where
+    )
 
 
 def backward(
     grad: Tensor, coefficients: Tensor, guidance_scale: float | None, model_dtype: torch.dtype
 ) -> Tensor:
     """The gradient of model_output in ``model_dtype``, from the dense gradient of x_prev."""
-    arguments = (grad, coefficients, guidance_scale, model_dtype)
-    return compiled.backward(cuda_module.module(), *arguments, **cuda_module.where(grad))
+    module, where = cuda_module.module(), cuda_module.where(grad)
+    return compiled.backward(module, grad, coefficients, guidance_scale, model_dtype, **where)

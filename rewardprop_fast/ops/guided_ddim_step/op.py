@@ -31,8 +31,8 @@ def _example(device: str, dtype: torch.dtype) -> tuple[Any, ...]:
 GUIDED_DDIM_STEP = Operator(
     "guided_ddim_step",
     (
-        Implementation("cuda", cuda.why_not, cuda.forward, cuda.backward),
         Implementation("native", native.why_not, native.forward, native.backward),
+        Implementation("cuda", cuda.why_not, cuda.forward, cuda.backward),
         Implementation("reference", lambda *_: None, reference.forward, reference.backward),
     ),
     _example,
