@@ -1,0 +1,1 @@
+"""Every operator against eager PyTorch, torch.compile and peft, on this CPU."""
