@@ -3,6 +3,12 @@
 from __future__ import annotations
 
 from rewardprop_fast.ops.attention import ATTENTION, attention
+from rewardprop_fast.ops.frozen_conv2d import (
+    FROZEN_CONV2D,
+    drop_packs,
+    frozen_conv2d,
+    packed_bytes,
+)
 from rewardprop_fast.ops.frozen_linear import FROZEN_LINEAR, frozen_linear
 from rewardprop_fast.ops.geglu import GEGLU, geglu
 from rewardprop_fast.ops.group_norm_silu import GROUP_NORM_SILU, group_norm
@@ -15,6 +21,7 @@ OPERATORS: dict[str, Operator] = {
     op.name: op
     for op in (
         ATTENTION,
+        FROZEN_CONV2D,
         FROZEN_LINEAR,
         GEGLU,
         GROUP_NORM_SILU,
@@ -28,11 +35,14 @@ __all__ = [
     "Operator",
     "attention",
     "backend",
+    "drop_packs",
     "explain",
+    "frozen_conv2d",
     "frozen_linear",
     "geglu",
     "group_norm",
     "guided_ddim_step",
     "lora_linear",
     "lora_linears",
+    "packed_bytes",
 ]

@@ -1,0 +1,133 @@
+"""The frozen convolution in oneDNN, with weights that are brought into its layout only once.
+
+Faster than PyTorch's own convolution by what that spends on its weights at each call: most at few
+pixels and many channels.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from rewardprop_fast.ops.frozen_conv2d import packing, reference
+
+#: Below, a weight is so small that bringing it into another layout costs nothing.
+_LEAST_CHANNELS = 16
+
+#: From here on the weight's share of the work is below a twentieth: a copy of it would not pay.
+_MOST_POSITIONS = 8192
+
+
+def why_not(
+    read: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> str | None:
+    """None where this form is legal and pays, otherwise why not.
+
+    ``read`` is the image that is convolved: x in the forward pass, dY for the input gradient.
+    """
+    if read.device.type != "cpu":
+        return f"it runs on the CPU, the tensors are on {read.device}"
+    if read.dtype not in (torch.float32, torch.bfloat16):
+        return f"x is {read.dtype}, it takes float32 and bfloat16"
+    missing = _why_missing(read.dtype)
+    if missing is not None:
+        return missing
+    if not read.is_contiguous(memory_format=torch.channels_last):
+        return "x is not in channels_last memory"
+    if groups != 1:
+        return f"there are {groups} groups, it takes one"
+    if tuple(stride) != (1, 1) and _is_pointwise(weight):
+        return "it is 1x1 with a stride"
+    if min(weight.shape[:2]) < _LEAST_CHANNELS:
+        return f"it pays from {_LEAST_CHANNELS} channels on both sides"
+    positions = read.shape[0] * math.prod(read.shape[2:])
+    if not 0 < positions < _MOST_POSITIONS:
+        return f"it pays below {_MOST_POSITIONS} pixels, there are {positions}"
+    return packing.why_not(weight)
+
+
+def forward(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> Tensor:
+    """y (B, N, H', W'), channels_last."""
+    if _is_plain_pointwise(weight, padding):
+        return _linear(x, packing.linear_for_forward(weight), bias)
+    packed = packing.for_forward(weight, stride, padding, dilation)
+    return _convolution(x, packed, bias, stride, padding, dilation)
+
+
+def backward(
+    grad: Tensor,
+    weight: Tensor,
+    x_shape: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    channels_last: bool,
+) -> Tensor:
+    """dX (B, C, H, W), channels_last."""
+    if _is_plain_pointwise(weight, padding):
+        return _linear(grad, packing.linear_for_input_gradient(weight), None)
+    sizes = zip(weight.shape[2:], padding, dilation, strict=True)
+    rest = [spread * (size - 1) - pad for size, pad, spread in sizes]
+    if tuple(stride) != (1, 1) or min(rest) < 0:
+        # No convolution over dY: oneDNN's own kernel for it, with the weight as it is.
+        return reference.backward(
+            grad, weight, x_shape, stride, padding, dilation, groups, channels_last
+        )
+    packed = packing.for_input_gradient(weight, rest, dilation)
+    return _convolution(grad, packed, None, [1, 1], rest, dilation)
+
+
+def _convolution(
+    x: Tensor,
+    packed: Tensor,
+    bias: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+) -> Tensor:
+    y: Tensor = torch.ops.mkldnn._convolution_pointwise(
+        x, packed, bias, padding, stride, dilation, 1, "none", [], ""
+    )
+    return y
+
+
+def _linear(x: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
+    rows = x.permute(0, 2, 3, 1)
+    y: Tensor = torch.ops.mkldnn._linear_pointwise(rows, packed, bias, "none", [], "")
+    return y.permute(0, 3, 1, 2)
+
+
+def _is_pointwise(weight: Tensor) -> bool:
+    return tuple(weight.shape[2:]) == (1, 1)
+
+
+def _is_plain_pointwise(weight: Tensor, padding: Sequence[int]) -> bool:
+    return _is_pointwise(weight) and not any(padding)
+
+
+@cache
+def _why_missing(dtype: torch.dtype) -> str | None:
+    if not (torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_nbytes")):
+        return "this PyTorch has no oneDNN"
+    if dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        return "oneDNN has no bfloat16 on this CPU"
+    return None

@@ -1,0 +1,163 @@
+"""Frozen convolution weights in oneDNN's own layouts, made once.
+
+PyTorch's convolution on a CPU brings the weight into the layout that its kernel reads at every
+call; for the small images of a UNet's inner levels that takes longer than the arithmetic. A frozen
+weight can be brought there once: for the forward pass, and for the input gradient, which for stride
+1 is a convolution too, with the weight flipped and its channel axes exchanged.
+
+The copies lie on the weight tensor itself, as an attribute, and are gone when it is. They hold as
+long as the weight is what it was: the same memory, dtype and values. Writes that autograd counts
+are seen by the tensor's version; those through ``.data``, which it does not count, by a sample of
+the values, or, where a write might change few of them, say `drop_packs`.
+
+1x1 convolutions are packed as linear layers: oneDNN's packed layouts for those convolutions depend
+on the image's size, and a convolution of another size then takes a hundred times as long.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+_ATTRIBUTE = "_rewardprop_packs"
+
+#: Values of the weight that are compared at every use: a few microseconds.
+_SAMPLES = 256
+
+
+class Packs:
+    """The packed copies of one weight, each made when it is first asked for."""
+
+    def __init__(self, weight: Tensor) -> None:
+        self._storage = weakref.ref(weight.untyped_storage())
+        self._version = weight._version
+        self._look = (weight.dtype, tuple(weight.shape), weight.stride(), weight.storage_offset())
+        self._sample = _sample(weight).clone()
+        self._made: dict[Any, Tensor] = {}
+
+    def hold_for(self, weight: Tensor) -> bool:
+        """Whether the weight is still what it was when they were made."""
+        return (
+            self._storage() is weight.untyped_storage()
+            and self._version == weight._version
+            and self._look
+            == (weight.dtype, tuple(weight.shape), weight.stride(), weight.storage_offset())
+            and torch.equal(self._sample, _sample(weight))
+        )
+
+    def get(self, key: Any, make: Callable[[], Tensor]) -> Tensor:
+        """The copy of this name, made now if it is not there."""
+        if key not in self._made:
+            self._made[key] = make()
+        return self._made[key]
+
+    @property
+    def nbytes(self) -> int:
+        """What they take, padding included."""
+        return sum(torch.ops.mkldnn._nbytes(packed) for packed in self._made.values())
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # A tensor is pickled and copied with its attributes; these are made anew when needed.
+        return _nothing, ()
+
+
+def _nothing() -> None:
+    return None
+
+
+def why_not(weight: Tensor) -> str | None:
+    """None where this weight can carry packed copies, otherwise why it cannot."""
+    if weight.is_inference():
+        return "the weight was made in inference mode, where changes to it are not counted"
+    if not (weight.is_contiguous() or weight.is_contiguous(memory_format=torch.channels_last)):
+        return "the weight is a strided view"
+    return None
+
+
+def packs_of(weight: Tensor) -> Packs:
+    """The weight's own, new where there are none or the weight has changed."""
+    packs: Packs | None = getattr(weight, _ATTRIBUTE, None)
+    if packs is None or not packs.hold_for(weight):
+        packs = Packs(weight)
+        setattr(weight, _ATTRIBUTE, packs)
+    return packs
+
+
+def for_forward(
+    weight: Tensor, stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int]
+) -> Tensor:
+    """The weight (N, C, kh, kw) as ``mkldnn::_convolution_pointwise`` reads it fastest."""
+    return packs_of(weight).get(
+        ("forward", *stride, *padding, *dilation),
+        lambda: torch.ops.mkldnn._reorder_convolution_weight(
+            weight.detach(), padding, stride, dilation, 1, None
+        ),
+    )
+
+
+def for_input_gradient(weight: Tensor, padding: Sequence[int], dilation: Sequence[int]) -> Tensor:
+    """(C, N, kh, kw), flipped: the convolution with it, padded so, is the input gradient."""
+    return packs_of(weight).get(
+        ("input gradient", *padding, *dilation),
+        lambda: torch.ops.mkldnn._reorder_convolution_weight(
+            weight.detach().flip(2, 3).transpose(0, 1).contiguous(),
+            padding,
+            [1, 1],
+            dilation,
+            1,
+            None,
+        ),
+    )
+
+
+def linear_for_forward(weight: Tensor) -> Tensor:
+    """A 1x1 weight as ``mkldnn::_linear_pointwise`` reads it fastest."""
+    return packs_of(weight).get(
+        "linear forward", lambda: torch.ops.mkldnn._reorder_linear_weight(_matrix(weight), None)
+    )
+
+
+def linear_for_input_gradient(weight: Tensor) -> Tensor:
+    """Its transpose, likewise."""
+    return packs_of(weight).get(
+        "linear input gradient",
+        lambda: torch.ops.mkldnn._reorder_linear_weight(_matrix(weight).T.contiguous(), None),
+    )
+
+
+def packed_bytes(of: nn.Module | Iterable[Tensor]) -> int:
+    """Bytes of all packed copies of these weights, or this module's; on top of their own."""
+    return sum(packs.nbytes for packs in _all(of))
+
+
+def drop_packs(of: nn.Module | Iterable[Tensor]) -> None:
+    """Free the packed copies of these weights; the next use makes new ones."""
+    for weight in _tensors(of):
+        if hasattr(weight, _ATTRIBUTE):
+            delattr(weight, _ATTRIBUTE)
+
+
+def _all(of: nn.Module | Iterable[Tensor]) -> Iterable[Packs]:
+    found = (getattr(weight, _ATTRIBUTE, None) for weight in _tensors(of))
+    return [packs for packs in found if packs is not None]
+
+
+def _tensors(of: nn.Module | Iterable[Tensor]) -> Iterable[Tensor]:
+    return of.parameters() if isinstance(of, nn.Module) else of
+
+
+def _matrix(weight: Tensor) -> Tensor:
+    return weight.detach().reshape(weight.shape[:2])
+
+
+def _sample(weight: Tensor) -> Tensor:
+    """Bits of values spread over the weight's memory, a view; bits, since NaN equals nothing."""
+    count = min(weight.numel(), _SAMPLES)
+    step = weight.numel() // count
+    bits = torch.int16 if weight.dtype.itemsize == 2 else torch.int32
+    values = weight.detach().as_strided((count,), (step,))
+    return values.view(bits)

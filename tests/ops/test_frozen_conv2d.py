@@ -1,0 +1,405 @@
+"""The operator against torch.nn.functional.conv2d and autograd, and its packed weights."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from rewardprop_fast import ops
+from rewardprop_fast.ops import drop_packs, frozen_conv2d, packed_bytes
+from rewardprop_fast.ops.frozen_conv2d import native
+from tests.ops import oracle
+
+OP = torch.ops.rewardprop_fast.frozen_conv2d.default
+OP_BACKWARD = torch.ops.rewardprop_fast.frozen_conv2d_backward.default
+
+needs_onednn = pytest.mark.skipif(
+    not torch.backends.mkldnn.is_available() or not torch.ops.mkldnn._is_mkldnn_bf16_supported(),
+    reason="PyTorch has no oneDNN with bfloat16 here",
+)
+
+
+def inputs(
+    x_shape: tuple[int, ...] = (2, 32, 5, 7),
+    weight_shape: tuple[int, ...] = (48, 32, 3, 3),
+    dtype: torch.dtype = torch.float32,
+    layout: str = "channels_last",
+) -> tuple[Tensor, Tensor, Tensor]:
+    """x, weight and bias."""
+    fan_in = weight_shape[1] * weight_shape[2] * weight_shape[3]
+    x = oracle.laid_out(torch.randn(x_shape, dtype=dtype), layout)
+    weight = oracle.laid_out(torch.randn(weight_shape, dtype=dtype) / fan_in**0.5, layout)
+    return x, weight, torch.randn(weight_shape[0], dtype=dtype)
+
+
+def ours(backend: str, x: Tensor, rest: tuple[Any, ...], grad: Tensor) -> list[Tensor]:
+    """y and the gradient of x."""
+    x = x.detach().requires_grad_()
+    with ops.backend(backend, strict=True):
+        y = frozen_conv2d(x, *rest)
+        return [y.detach(), *torch.autograd.grad(y, x, grad)]
+
+
+def torchs(x: Tensor, rest: tuple[Any, ...], grad: Tensor) -> list[Tensor]:
+    x = x.detach().requires_grad_()
+    y = F.conv2d(x, *rest)
+    return [y.detach(), *torch.autograd.grad(y, x, grad)]
+
+
+def output_like(x: Tensor, rest: tuple[Any, ...]) -> Tensor:
+    return torch.randn_like(F.conv2d(x, *rest))
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    backend=st.sampled_from(["native", "reference"]),
+    batch=st.integers(1, 3),
+    channels=st.tuples(st.integers(16, 70), st.integers(16, 70)),
+    size=st.tuples(st.integers(5, 19), st.integers(5, 19)),
+    kernel=st.sampled_from([(1, 1), (3, 3), (2, 3), (5, 1)]),
+    stride=st.sampled_from([1, 2, (1, 3)]),
+    padding=st.sampled_from([0, 1, (2, 0), 6]),
+    dilation=st.sampled_from([1, 2]),
+    layouts=st.tuples(*[st.sampled_from(oracle.LAYOUTS)] * 2),
+    with_bias=st.booleans(),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+)
+@needs_onednn
+def test_is_no_less_exact_than_conv2d(
+    backend: str,
+    batch: int,
+    channels: tuple[int, int],
+    size: tuple[int, int],
+    kernel: tuple[int, int],
+    stride: Any,
+    padding: Any,
+    dilation: Any,
+    layouts: tuple[str, str],
+    with_bias: bool,
+    dtype: torch.dtype,
+) -> None:
+    wide, narrow = channels
+    x, weight, bias = inputs((batch, wide, *size), (narrow, wide, *kernel), dtype)
+    rest = (weight, bias if with_bias else None, stride, padding, dilation)
+    if kernel == (1, 1) and (stride != 1 or layouts[0] != "channels_last"):
+        backend = "reference"  # the memory of a 1x1 weight is in both layouts, so x decides
+    grad = output_like(x, rest)
+    x, grad = oracle.laid_out(x, layouts[0]), oracle.laid_out(grad, layouts[1])
+    exact = torchs(
+        x.double(), tuple(r.double() if isinstance(r, Tensor) else r for r in rest), grad.double()
+    )
+    with oracle.poisoned():
+        found = ours(backend, x, rest, grad)
+    oracle.assert_as_exact_as_torch(found, torchs(x, rest, grad), exact)
+    again = ours(backend, x, rest, grad)
+    for first, second in zip(found, again, strict=True):
+        assert torch.equal(first, second)
+
+
+@needs_onednn
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "geometry", [((3, 3), 1, 1), ((1, 1), 1, 0), ((3, 3), 2, 1), ((3, 2), 1, (1, 0))]
+)
+def test_one_packed_weight_serves_images_of_every_size(
+    geometry: tuple[Any, ...], dtype: torch.dtype
+) -> None:
+    kernel, stride, padding = geometry
+    x, weight, bias = inputs((2, 64, 8, 8), (80, 64, *kernel), dtype)
+    rest = (weight, bias, stride, padding)
+    for x_shape in ((2, 64, 8, 8), (1, 64, 16, 16), (5, 64, 8, 8), (2, 64, 9, 4)):
+        x = oracle.laid_out(torch.randn(x_shape).to(dtype), "channels_last")
+        grad = output_like(x, rest)
+        found, expected = ours("native", x, rest, grad), torchs(x, rest, grad)
+        torch.testing.assert_close(found, expected)
+        assert [t.stride() for t in found] == [t.stride() for t in expected]
+    made = len(weight._rewardprop_packs._made)
+    assert made == (1 if stride == 2 else 2)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("groups", [1, 2, 8])
+def test_gradcheck_in_float64(groups: int, layout: str) -> None:
+    x, weight, bias = inputs((2, 8, 4, 5), (16, 8 // groups, 3, 3), torch.float64, layout)
+    assert torch.autograd.gradcheck(
+        lambda x: frozen_conv2d(x, weight, bias, (2, 1), 1, 1, groups), x.requires_grad_()
+    )
+
+
+@needs_onednn
+def test_several_threads_give_the_same_bits() -> None:
+    x, weight, bias = inputs((3, 64, 17, 13), (96, 64, 3, 3), torch.bfloat16)
+    grad = output_like(x, (weight, bias, 1, 1))
+    expected = ours("native", x, (weight, bias, 1, 1), grad)
+    threads = torch.get_num_threads()
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            for _ in range(30):
+                found = ours("native", x, (weight, bias, 1, 1), grad)
+                assert all(map(torch.equal, found, expected))
+    finally:
+        torch.set_num_threads(threads)
+
+
+@needs_onednn
+def test_nan_and_infinity_reach_the_same_pixels() -> None:
+    x, weight, bias = inputs()
+    x[0, 3, 2, 2], x[1, 5, 0, 6] = float("nan"), float("inf")
+    grad = output_like(x, (weight, bias, 1, 1))
+    grad[0, 0, 0, 0] = float("nan")
+    found, expected = ours("native", x, (weight, bias, 1, 1), grad), None
+    expected = torchs(x, (weight, bias, 1, 1), grad)
+    for own, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(own, theirs, equal_nan=True)
+    weight = weight.clone()
+    weight[0, 0, 0, 0] = float("nan")
+    for _ in range(2):  # a weight with NaN in it is packed once, like any other
+        frozen_conv2d(x, weight, None, 1, 1)
+        first = weight._rewardprop_packs
+    assert weight._rewardprop_packs is first
+
+
+# --- what is kept ---
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_keeps_the_weight_and_nothing_else(layout: str) -> None:
+    x, weight, bias = inputs(layout=layout)
+    kept = oracle.kept_for_backward(lambda: frozen_conv2d(x.requires_grad_(), weight, bias, 1, 1))
+    assert [tensor.untyped_storage().data_ptr() for tensor in kept] == [
+        weight.untyped_storage().data_ptr()
+    ]
+
+
+@needs_onednn
+def test_the_backward_copy_is_made_when_a_gradient_comes() -> None:
+    x, weight, bias = inputs((2, 32, 5, 7), (32, 32, 3, 3))
+    assert packed_bytes([weight]) == 0
+    frozen_conv2d(x, weight, bias, 1, 1)
+    once = packed_bytes([weight])
+    assert once >= weight.nbytes
+    frozen_conv2d(x, weight, bias, 1, 1)
+    y = frozen_conv2d(x.requires_grad_(), weight, bias, 1, 1)
+    assert packed_bytes([weight]) == once
+    y.sum().backward()
+    assert packed_bytes([weight]) == 2 * once
+    drop_packs([weight])
+    assert packed_bytes([weight]) == 0
+
+
+@needs_onednn
+def test_counts_the_bytes_of_a_modules_weights() -> None:
+    module = nn.Sequential(nn.Conv2d(32, 32, 3), nn.Conv2d(32, 32, 3)).requires_grad_(False)
+    module.to(memory_format=torch.channels_last)
+    x = inputs()[0]
+    for layer in module:
+        frozen_conv2d(x, layer.weight, layer.bias)
+    assert packed_bytes(module) == packed_bytes(module.parameters()) >= 2 * 32 * 32 * 9 * 4
+    drop_packs(module)
+    assert packed_bytes(module) == 0
+
+
+def _in_place(weight: nn.Parameter) -> None:
+    weight.mul_(2)
+
+
+def _behind_autograds_back(weight: nn.Parameter) -> None:
+    weight.data.mul_(2)
+
+
+def _other_memory(weight: nn.Parameter) -> None:
+    weight.data = weight.data * 2
+
+
+def _other_dtype_and_back(weight: nn.Parameter) -> None:
+    weight.data = weight.data.bfloat16()
+    weight.data = 2 * weight.data.float()
+
+
+def _other_layout(weight: nn.Parameter) -> None:
+    weight.data = (2 * weight.data).contiguous()
+
+
+@needs_onednn
+@pytest.mark.parametrize(
+    "change",
+    [_in_place, _behind_autograds_back, _other_memory, _other_dtype_and_back, _other_layout],
+)
+@torch.no_grad()
+def test_a_changed_weight_is_packed_anew(change: Any) -> None:
+    x, weight, _ = inputs()
+    parameter = nn.Parameter(weight, requires_grad=False)
+    with ops.backend("native", strict=True):
+        before = frozen_conv2d(x, parameter)
+        change(parameter)
+        after = frozen_conv2d(x, parameter)
+    torch.testing.assert_close(after, F.conv2d(x, parameter))
+    assert not torch.equal(before, after)
+
+
+@needs_onednn
+def test_a_weight_changed_between_forward_and_backward_is_an_error() -> None:
+    x, weight, _ = inputs()
+    y = frozen_conv2d(x.requires_grad_(), weight)
+    weight.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+
+
+@needs_onednn
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda p: pickle.loads(pickle.dumps(p))])
+def test_copies_of_a_weight_pack_for_themselves(copied: Any) -> None:
+    x, weight, _ = inputs()
+    parameter = nn.Parameter(weight, requires_grad=False)
+    y = frozen_conv2d(x, parameter)
+    twin = copied(parameter)
+    assert packed_bytes([twin]) == 0
+    assert torch.equal(frozen_conv2d(x, twin), y)
+    with torch.no_grad():
+        twin.zero_()
+    assert not frozen_conv2d(x, twin).any()
+    assert torch.equal(frozen_conv2d(x, parameter), y)
+
+
+@needs_onednn
+def test_packed_copies_go_with_their_weight() -> None:
+    import weakref
+
+    x, weight, _ = inputs()
+    frozen_conv2d(x, weight)
+    packs = weakref.ref(weight._rewardprop_packs)
+    del weight
+    assert packs() is None
+
+
+# --- where the packed form runs ---
+
+
+@pytest.mark.parametrize(
+    ("x_shape", "weight_shape", "stride", "reason"),
+    [
+        ((2, 8, 5, 5), (32, 8, 3, 3), 1, "from 16 channels"),
+        ((2, 32, 5, 5), (4, 32, 3, 3), 1, "from 16 channels"),
+        ((1, 16, 128, 64), (16, 16, 1, 1), 1, "below 8192 pixels, there are 8192"),
+        ((2, 32, 5, 5), (32, 32, 1, 1), 2, "1x1 with a stride"),
+        ((0, 32, 5, 5), (32, 32, 1, 1), 1, "there are 0"),
+    ],
+)
+@needs_onednn
+def test_says_where_a_copy_would_not_pay(
+    x_shape: tuple[int, ...], weight_shape: tuple[int, ...], stride: int, reason: str
+) -> None:
+    x, weight, _ = inputs(x_shape, weight_shape)
+    found = native.why_not(x, weight, None, [stride] * 2, [0, 0], [1, 1], 1)
+    assert found is not None
+    assert reason in found
+    frozen_conv2d(x, weight, None, stride)
+    assert packed_bytes([weight]) == 0
+
+
+@needs_onednn
+def test_other_dtypes_groups_and_layouts_take_the_reference() -> None:
+    x, weight, _ = inputs()
+    rest = ([1, 1], [0, 0], [1, 1])
+    assert native.why_not(x, weight, None, *rest, 1) is None
+    for arguments, reason in (
+        ((x.double(), weight, None, *rest, 1), "it takes float32 and bfloat16"),
+        ((x, weight, None, *rest, 2), "2 groups"),
+        ((x.contiguous(), weight, None, *rest, 1), "not in channels_last"),
+        ((x, weight.repeat(1, 2, 1, 1)[:, ::2], None, *rest, 1), "strided view"),
+        ((x.to("meta"), weight, None, *rest, 1), "runs on the CPU"),
+    ):
+        found = native.why_not(*arguments)
+        assert found is not None
+        assert reason in found
+
+
+# --- the boundary ---
+
+
+@pytest.mark.parametrize("layout", oracle.LAYOUTS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_opcheck(dtype: torch.dtype, layout: str) -> None:
+    x, weight, bias = inputs((2, 32, 5, 7), (32, 32, 3, 3), dtype)
+    x = oracle.laid_out(x, layout).detach().requires_grad_()
+    geometry = ([2, 1], [1, 0], [1, 1], 1)
+    torch.library.opcheck(OP, (x, weight, bias, *geometry))
+    grad = oracle.laid_out(output_like(x, (weight, bias, (2, 1), (1, 0))), layout).detach()
+    torch.library.opcheck(OP_BACKWARD, (grad, weight, list(x.shape), *geometry, True))
+
+
+def two_layers(x: Tensor, first: Tensor, second: Tensor) -> Tensor:
+    return frozen_conv2d(frozen_conv2d(x, first, padding=1).sin(), second, stride=2).square()
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_traces_into_one_graph_with_the_same_gradient(dynamic: bool) -> None:
+    x, first, _ = inputs((2, 32, 5, 7), (48, 32, 3, 3))
+    _, second, _ = inputs((2, 32, 5, 7), (16, 48, 1, 1))
+    compiled = torch.compile(two_layers, fullgraph=True, backend="aot_eager", dynamic=dynamic)
+    x.requires_grad_()
+    eager, traced = two_layers(x, first, second), compiled(x, first, second)
+    assert torch.equal(traced, eager)
+    assert torch.equal(*(torch.autograd.grad(y.sum(), x)[0] for y in (eager, traced)))
+
+
+def test_gives_a_gradient_only_where_one_is_asked_for() -> None:
+    x, weight, bias = inputs()
+    assert not frozen_conv2d(x, weight, bias).requires_grad
+    with torch.no_grad():
+        assert not frozen_conv2d(x.requires_grad_(), weight, bias).requires_grad
+
+
+def test_a_second_derivative_is_refused() -> None:
+    x, weight, _ = inputs()
+    loss = frozen_conv2d(x.requires_grad_(), weight).square().sum()
+    (grad,) = torch.autograd.grad(loss, x, create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiate twice"):
+        grad.sum().backward()
+
+
+def test_an_empty_batch_is_no_error() -> None:
+    x, weight, bias = inputs((0, 32, 5, 7))
+    y = frozen_conv2d(x.requires_grad_(), weight, bias)
+    y.sum().backward()
+    assert y.shape == (0, 48, 3, 5)
+    assert x.grad is not None
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"x": torch.zeros(2, 31, 5, 7)}, r"it must be \(B, 32, H, W\)"),
+        ({"x": torch.zeros(32, 5, 7)}, r"x has shape \(32, 5, 7\)"),
+        ({"x": torch.zeros(2, 32, 2, 7)}, "smaller than the reach of the weight"),
+        ({"x": torch.zeros(2, 32, 5, 7).int()}, "x has dtype torch.int32; allowed are float32"),
+        ({"x": torch.zeros(2, 32, 5, 7).half()}, "weight has dtype torch.float32; it must be that"),
+        ({"weight": torch.zeros(48, 32, 3)}, r"weight has shape \(48, 32, 3\)"),
+        ({"weight": torch.zeros(0, 32, 3, 3)}, "no size 0"),
+        ({"weight": torch.zeros(48, 32, 3, 3, device="meta")}, "weight is on meta, x on cpu"),
+        ({"weight": torch.zeros(48, 32, 3, 3).requires_grad_()}, "use torch.nn.functional.conv2d"),
+        ({"bias": torch.zeros(48).requires_grad_()}, "bias requires a gradient"),
+        ({"bias": torch.zeros(47)}, r"bias has shape \(47,\); .* it must be \(48,\)"),
+        ({"bias": torch.zeros(48).double()}, "bias has dtype torch.float64"),
+        ({"stride": 0}, r"stride is \(0, 0\); it must be at least 1"),
+        ({"stride": (1, 2, 3)}, r"stride is \(1, 2, 3\); expected a whole number or two"),
+        ({"padding": -1}, r"padding is \(-1, -1\); it must be at least 0"),
+        ({"dilation": 0}, r"dilation is \(0, 0\)"),
+        ({"groups": 5}, "groups is 5; it must divide the 48 output channels"),
+        ({"groups": 2}, r"groups 2 it must be \(B, 64, H, W\)"),
+    ],
+)
+def test_what_does_not_fit_is_refused_in_words(change: dict[str, Any], message: str) -> None:
+    x, weight, bias = inputs()
+    arguments: dict[str, Any] = {"x": x, "weight": weight, "bias": bias, **change}
+    with pytest.raises(ValueError, match=message):
+        frozen_conv2d(**arguments)
