@@ -46,5 +46,6 @@ PYBIND11_MODULE(_native, module) {
     module.def("max_threads", &cpu::max_threads,
                "Threads a loop may use; follows torch.set_num_threads.");
     bindings::bind_geglu(module);
+    bindings::bind_group_norm_silu(module);
     bindings::bind_guided_ddim_step(module);
 }

@@ -7,6 +7,8 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
 from rewardprop_fast import ops
@@ -16,6 +18,7 @@ from tests.ops.oracle import (
     assert_as_exact_as_torch,
     kept_for_backward,
     laid_out,
+    native_missing,
     output_and_gradients,
     poisoned,
 )
@@ -23,8 +26,9 @@ from tests.ops.oracle import (
 OP = torch.ops.rewardprop_fast.group_norm_silu.default
 OP_BACKWARD = torch.ops.rewardprop_fast.group_norm_silu_backward.default
 
+needs_native = pytest.mark.skipif(**native_missing())
 #: What runs on a CPU.
-CPU_BACKENDS = ["reference"]
+CPU_BACKENDS = [pytest.param("native", marks=needs_native), "reference"]
 
 
 def theirs(
@@ -62,6 +66,7 @@ def check(
     silu: bool,
     grad: Tensor,
     eps: float = 1e-5,
+    unit: float | None = None,
 ) -> None:
     """Values and all gradients, against float64, measured by PyTorch's own error."""
     with ops.backend(backend, strict=True), poisoned():
@@ -74,7 +79,7 @@ def check(
         [None if leaf is None else leaf.double() for leaf in leaves],
         grad.double(),
     )
-    assert_as_exact_as_torch(ours, torchs, exact)
+    assert_as_exact_as_torch(ours, torchs, exact, unit=unit)
 
 
 @pytest.mark.parametrize("backend", CPU_BACKENDS)
@@ -236,3 +241,150 @@ def test_what_does_not_fit_is_refused_in_words(change: dict[str, Any], message: 
     arguments: dict[str, Any] = {"x": torch.zeros(2, 8, 3), "num_groups": 4} | change
     with pytest.raises(ValueError, match=message):
         group_norm(**arguments)
+
+
+@needs_native
+@settings(max_examples=40, deadline=None)
+@given(
+    shape=st.tuples(st.integers(1, 3), st.integers(1, 7), st.integers(1, 11), st.integers(1, 70)),
+    groups=st.integers(1, 7),
+    layouts=st.tuples(*[st.sampled_from(LAYOUTS)] * 2),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+    silu=st.booleans(),
+    offset=st.sampled_from([0.0, 30.0]),
+    seed=st.integers(0, 1000),
+)
+def test_native_in_any_shape(
+    shape: tuple[int, ...],
+    groups: int,
+    layouts: tuple[str, str],
+    dtype: torch.dtype,
+    silu: bool,
+    offset: float,
+    seed: int,
+) -> None:
+    torch.manual_seed(seed)
+    batch, width, *spatial = shape
+    whole = (batch, width * groups, *spatial)
+    assume(width * spatial[0] * spatial[1] > 2)  # smaller groups are nothing but rounding error
+    leaves = problem(whole, dtype, layouts[0], offset=offset)
+    grad = laid_out(torch.randn(whole).to(dtype), layouts[1])
+    # Of a few elements PyTorch's own error is a matter of luck: eight roundings count as none.
+    unit = 16 * max(1.0, offset / 4) * torch.finfo(torch.float32).eps
+    check("native", leaves, groups, silu, grad, unit=max(unit, torch.finfo(dtype).eps))
+
+
+@needs_native
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("shape", "groups"),
+    [
+        ((1, 4, 1, 70001), 2),  # more than 2^16 rows of channels last, channels cut in pieces
+        ((1, 6, 3, 23333), 1),
+        ((2, 1300, 3, 5), 13),  # wide groups
+        ((1, 2048, 1, 1), 32),
+    ],
+)
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_native_cut_into_many_blocks(
+    layout: str, shape: tuple[int, ...], groups: int, dtype: torch.dtype
+) -> None:
+    check("native", problem(shape, dtype, layout), groups, True, torch.randn(shape).to(dtype))
+
+
+@needs_native
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_native_does_not_lose_the_deviation_in_a_large_mean(layout: str) -> None:
+    """E[x^2] - E[x]^2 would be wrong by a factor of hundreds here, as torch's channels_last is.
+
+    Single-precision means near 1e4 are rounded by up to 5e-4 deviations.
+    """
+    x = (torch.randn(1, 32, 33, 31) + 1e4).contiguous()
+    x = laid_out(x, layout)
+    with ops.backend("native", strict=True):
+        _, mean, rstd = OP(x, None, None, 4, 1e-5, False)
+    exact = x.double().reshape(1, 4, -1)
+    torch.testing.assert_close(mean.double(), exact.mean(2), rtol=2**-23, atol=0)
+    true_rstd = (exact.var(2, correction=0) + 1e-5).rsqrt()
+    torch.testing.assert_close(rstd.double(), true_rstd, rtol=1e-4, atol=0)
+
+
+@needs_native
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_native_is_the_same_for_any_number_of_threads(layout: str, dtype: torch.dtype) -> None:
+    leaves = problem((2, 64, 37, 41), dtype, layout)
+    grad = torch.randn(2, 64, 37, 41).to(dtype)
+
+    def once(count: int) -> list[Tensor | None]:
+        torch.set_num_threads(count)
+        with ops.backend("native", strict=True):
+            return output_and_gradients(
+                lambda x, w, b: group_norm(x, 8, w, b, silu=True), leaves, grad
+            )
+
+    threads = torch.get_num_threads()
+    try:
+        first = once(1)
+        for count in [1] * 50 + [2] * 40 + [3] * 10:
+            for again, before in zip(once(count), first, strict=True):
+                assert again is not None
+                assert before is not None
+                assert torch.equal(again, before)
+    finally:
+        torch.set_num_threads(threads)
+
+
+@needs_native
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("silu", [True, False])
+def test_nan_and_infinities_spread_as_in_torch(silu: bool, layout: str, dtype: torch.dtype) -> None:
+    for place, value in [(0, "nan"), (0, "inf"), (1, "nan"), (2, "inf"), (2, "-inf"), (3, "nan")]:
+        leaves = problem((2, 8, 5, 9), dtype, layout)
+        grad = torch.randn(2, 8, 5, 9).to(dtype)
+        tensor = (*leaves, grad)[place]
+        assert tensor is not None
+        tensor[(1,) * tensor.dim()] = float(value)
+        with ops.backend("native", strict=True):
+            ours = output_and_gradients(
+                lambda x, w, b: group_norm(x, 4, w, b, silu=silu), leaves, grad
+            )
+        torchs = output_and_gradients(lambda x, w, b: theirs(x, 4, w, b, 1e-5, silu), leaves, grad)
+        for own, plain in zip(ours, torchs, strict=True):
+            assert own is not None
+            assert plain is not None
+            assert torch.equal(own.isnan(), plain.isnan()), (place, value)
+            assert torch.equal(own.isinf(), plain.isinf()), (place, value)
+
+
+@needs_native
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_the_silu_is_right_from_end_to_end(layout: str) -> None:
+    """Every bfloat16 between -100 and 100 as z: weight and bias put it there."""
+    z = torch.arange(-100, 100, 0.01).bfloat16().unique().float()
+    x = laid_out(
+        torch.tensor([-1.0, 1.0]).repeat(32).reshape(1, 1, 8, 8).expand(1, len(z), 8, 8), layout
+    )
+    with ops.backend("native", strict=True):
+        y = group_norm(x, 1, torch.zeros_like(z), z, silu=True)
+    exact = F.silu(z.double())[None, :, None, None].expand(x.shape)
+    assert ((y.double() - exact).abs() <= 3 * 2**-24 * exact.abs() + 2**-120).all()
+
+
+@needs_native
+@pytest.mark.parametrize("parameter_dtype", [torch.float32, torch.bfloat16])
+def test_float32_parameters_go_with_bfloat16(parameter_dtype: torch.dtype) -> None:
+    leaves = problem((2, 16, 5, 5), torch.bfloat16, parameter_dtype=parameter_dtype)
+    grad = torch.randn(2, 16, 5, 5).bfloat16()
+    found = {}
+    for backend in ("native", "reference"):
+        with ops.backend(backend, strict=True):
+            found[backend] = output_and_gradients(
+                lambda x, w, b: group_norm(x, 4, w, b, silu=True), leaves, grad
+            )
+    dtypes = [torch.bfloat16, torch.bfloat16, parameter_dtype, parameter_dtype]
+    for own, plain, dtype in zip(found["native"], found["reference"], dtypes, strict=True):
+        assert own is not None
+        assert own.dtype == dtype
+        torch.testing.assert_close(own, plain)

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rewardprop_fast.ops.group_norm_silu import layout, reference
+from rewardprop_fast.ops.group_norm_silu import layout, native, reference
 from rewardprop_fast.ops.registration import define, differentiable
 from rewardprop_fast.ops.registry import Implementation, Operator, choose
 
@@ -30,7 +30,10 @@ def _example(device: str, dtype: torch.dtype) -> tuple[Any, ...]:
 
 GROUP_NORM_SILU = Operator(
     "group_norm_silu",
-    (Implementation("reference", lambda *_: None, reference.forward, reference.backward),),
+    (
+        Implementation("native", native.why_not, native.forward, native.backward),
+        Implementation("reference", lambda *_: None, reference.forward, reference.backward),
+    ),
     _example,
 )
 
@@ -202,7 +205,7 @@ def _check(
         names = ", ".join(str(dtype).removeprefix("torch.") for dtype in _DTYPES)
         raise ValueError(f"x has dtype {x.dtype}; allowed are {names}.")
     channels = x.shape[1]
-    if num_groups < 1 or channels % num_groups != 0:
+    if num_groups < 1 or channels < 1 or channels % num_groups != 0:
         raise ValueError(
             f"num_groups is {num_groups}; it must divide the {channels} channels of x."
         )

@@ -1,0 +1,114 @@
+"""Group normalisation in the compiled module (csrc/cpu/group_norm_silu_loops.cpp): CPU.
+
+A pass for the statistics and one for the result, image by image, so that the second mostly reads
+from the cache. Computed in float32, sums in float64; the result does not depend on the number of
+threads.
+"""
+
+from __future__ import annotations
+
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rewardprop_fast.ops import native
+from rewardprop_fast.ops.group_norm_silu import layout
+
+_DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
+
+
+def why_not(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    num_groups: int,
+    eps: float,
+    silu: bool,
+) -> str | None:
+    """None where this form is legal, otherwise the reason it is not."""
+    if x.dtype not in _DTYPES:
+        return f"x is {x.dtype}, it takes float32 and bfloat16"
+    return native.why_not_cpu(x, weight, bias)
+
+
+def forward(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    num_groups: int,
+    eps: float,
+    silu: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """y in the layout of ``x``, one of the two of layout.py; mean and rstd (B, G), float32."""
+    y = layout.empty_like(x)
+    mean, rstd = (x.new_empty((x.shape[0], num_groups), dtype=torch.float32) for _ in range(2))
+    weight, bias = _single(weight), _single(bias)
+    native.module().group_norm_silu(
+        x=x.data_ptr(),
+        weight=_address(weight),
+        bias=_address(bias),
+        mean=mean.data_ptr(),
+        rstd=rstd.data_ptr(),
+        y=y.data_ptr(),
+        eps=eps,
+        silu=silu,
+        **_shape(x, num_groups),
+    )
+    return y, mean, rstd
+
+
+def backward(
+    grad: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    silu: bool,
+    needs: tuple[bool, bool, bool],
+) -> list[Tensor]:
+    """The gradients that are needed, of x, weight and bias; ``grad`` in the layout of ``x``."""
+    grad_x = layout.empty_like(x) if needs[0] else None
+    grad_weight, grad_bias = (
+        x.new_empty(x.shape[1], dtype=torch.float32) if needed else None for needed in needs[1:]
+    )
+    weight_single, bias_single = _single(weight), _single(bias)
+    native.module().group_norm_silu_backward(
+        grad=grad.data_ptr(),
+        x=x.data_ptr(),
+        mean=mean.data_ptr(),
+        rstd=rstd.data_ptr(),
+        weight=_address(weight_single),
+        bias=_address(bias_single),
+        grad_x=_address(grad_x),
+        grad_weight=_address(grad_weight),
+        grad_bias=_address(grad_bias),
+        silu=silu,
+        **_shape(x, mean.shape[1]),
+    )
+    gradients = ((grad_x, x), (grad_weight, weight), (grad_bias, bias))
+    return [found.to(of.dtype) for found, of in gradients if found is not None and of is not None]
+
+
+def _shape(x: Tensor, num_groups: int) -> dict[str, Any]:
+    batch, channels, *spatial = x.shape
+    return {
+        "batch": batch,
+        "channels": channels,
+        "positions": prod(spatial),
+        "groups": num_groups,
+        "channels_last": layout.is_channels_last(x),
+        "dtype": _DTYPES[x.dtype],
+    }
+
+
+def _single(parameter: Tensor | None) -> Tensor | None:
+    if parameter is None or parameter.dtype == torch.float32:
+        return parameter
+    return parameter.float()
+
+
+def _address(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
