@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from rewardprop_fast.cli import doctor, export, presets, quickstart, sample, settings, train
 from rewardprop_fast.cli.guard import USAGE, guarded
 from rewardprop_fast.cli.parsing import Parser, overrides_of
+from rewardprop_fast.cli.threads import wait_asleep
 from rewardprop_fast.version import __version__
 
 _VERBS = (quickstart, train, sample, export, presets, settings, doctor)
@@ -30,6 +31,7 @@ command line or config; 130, 143 stopped by Ctrl-C, SIGTERM (training: saved).""
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command line (default: this process's own) and return its exit code."""
+    wait_asleep()
     return guarded(lambda traceback: _run(argv, traceback))
 
 
