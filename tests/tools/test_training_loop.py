@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -54,6 +55,53 @@ def test_a_stopped_stage_ends_as_if_it_had_not_been_stopped(tmp_path):
     untrained = torch.nn.Linear(3, 8).weight.shape
     assert whole["0.weight"].shape == untrained
     assert whole["0.weight"].abs().sum() > 0
+
+
+def test_a_stage_killed_while_saving_goes_on_from_the_checkpoint_before(tmp_path, monkeypatch):
+    whole = run(tmp_path / "whole").state_dict()
+    with pytest.raises(Stopped):
+        run(tmp_path / "parts", 3)
+
+    def killed(*names):
+        raise Stopped
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "rename", killed)
+        with pytest.raises(Stopped):
+            run(tmp_path / "parts", 7)
+    parts = run(tmp_path / "parts").state_dict()
+    assert all(torch.equal(whole[name], parts[name]) for name in whole)
+
+
+def test_the_log_gives_means_also_right_after_a_resume(tmp_path, capsys):
+    folder = tmp_path / "run"
+    for until in (30, 50):  # 50 and then 20 steps since the last line
+        module = torch.nn.Linear(1, 1, bias=False)
+        loop = load("loop").Loop(folder, module, steps=until, learning_rate=0.0)
+
+        def loss_at(step, module=module):
+            return {"loss": module.weight.sum() * 0 + 2.0}
+
+        loop.run(loss_at)
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [(line["step"], line["loss"]) for line in lines] == [(30, 2.0), (50, 2.0)]
+
+
+def test_a_pool_is_made_once_and_read_back_exactly(tmp_path):
+    kept = load("pools").kept
+    images = torch.arange(2 * 3 * 4 * 4, dtype=torch.uint8).reshape(2, 3, 4, 4)
+    images = images.contiguous(memory_format=torch.channels_last)
+    made = []
+
+    def make():
+        made.append(1)
+        return {"images": images}, ["a cat", 'a "red" car']
+
+    for _ in range(2):
+        tensors, captions = kept(tmp_path / "work" / "pool.safetensors", make)
+        assert torch.equal(tensors["images"], images)
+        assert captions == ["a cat", 'a "red" car']
+    assert made == [1]
 
 
 def test_captions_read_like_english():

@@ -25,6 +25,7 @@ from diffusers.models.attention_processor import AttnProcessor2_0
 from export import NOTICE, export_pipeline, pipeline
 from loop import Loop
 from pictures import Pictures
+from pools import kept
 from text import build_text_encoder, build_tokenizer
 
 from rewardprop_fast.models import BUNDLED, load_bundled
@@ -78,7 +79,7 @@ def main() -> None:
         vae = trained_vae(work / "vae", data, arguments.vae_steps)
     names = dict(enumerate(shipped.COPIES))
     if "scorers" in stages or "styles" in stages:
-        pool = scorers.decode_pool(vae, Pictures(modules), work / "decoded.pt")
+        pool = kept(work / "decoded.safetensors", lambda: scorers.decoded(vae, Pictures(modules)))
         for copy in arguments.copies if "scorers" in stages else ():
             folder = work / f"alignment_{names[copy]}"
             model = scorers.train_scorer(folder, modules, pool, copy, arguments.scorer_steps)

@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+
+from rewardprop_fast.training import checkpoint
+
+_ADAM = ("exp_avg", "exp_avg_sq", "step")
 
 
 class Loop:
     """Trains `module` and keeps an exponential moving average of it.
 
-    State is written to `folder` about every two minutes as safetensors + JSON and read back at the
-    next start, so the stage may be killed at any moment. The loss function gets the step number and
-    must draw its randomness from it.
+    A checkpoint is written to `folder` about every two minutes and read back at the next start, so
+    the stage may be killed at any moment. The loss function gets the step number and must draw its
+    randomness from it.
     """
 
     def __init__(
@@ -47,9 +50,8 @@ class Loop:
         self.optimizer = torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, 0.99), fused=True)
         self.ema = [p.detach().clone() for p in self.params]
         self.step, self.seconds = 0, 0.0
-        folder.mkdir(parents=True, exist_ok=True)
-        if (folder / "state.json").exists():
-            self.load()
+        if newest := checkpoint.latest(folder):
+            self.load(newest)
 
     def rate(self) -> float:
         """Trapezoid: stopping early or going on longer only moves the cool-down."""
@@ -57,7 +59,7 @@ class Loop:
         return self.learning_rate * max(0.0, min(1.0, (self.step + 1) / self.warmup, left))
 
     def run(self, loss_at: Callable[[int], dict[str, torch.Tensor]], log_every: int = 50) -> None:
-        started, saved, sums = time.time(), time.time(), {}
+        started, saved, sums, count = time.time(), time.time(), {}, 0
         while self.step < self.steps:
             for group in self.optimizer.param_groups:
                 group["lr"] = self.rate()
@@ -73,11 +75,11 @@ class Loop:
             torch._foreach_lerp_(self.ema, [p.detach() for p in self.params], 1 - decay)
             for key, value in {**terms, "grad_norm": norm}.items():
                 sums[key] = sums.get(key, 0.0) + float(value.detach())
+            count += 1
             now = time.time()
             if self.step % log_every == 0 or self.step == self.steps:
-                count = self.step % log_every or log_every
                 means = {key: round(value / count, 5) for key, value in sums.items()}
-                sums = {}
+                sums, count = {}, 0
                 elapsed = self.seconds + now - started
                 print(
                     json.dumps({"step": self.step, **means, "seconds": round(elapsed)}), flush=True
@@ -87,31 +89,28 @@ class Loop:
                 self.save()
 
     def save(self) -> None:
-        tensors = {}
-        for i, (name, p) in enumerate(zip(self.names, self.params, strict=True)):
-            tensors[f"model/{name}"], tensors[f"ema/{name}"] = p.detach(), self.ema[i]
-            for key in ("exp_avg", "exp_avg_sq", "step"):
-                tensors[f"{key}/{name}"] = self.optimizer.state[p][key]
-        for name, buffer in self.module.named_buffers():
-            tensors[f"buffer/{name}"] = buffer
-        save_file({k: v.contiguous() for k, v in tensors.items()}, self.folder / "state.tmp")
-        (self.folder / "state.tmp").replace(self.folder / "state.safetensors")
-        (self.folder / "state.json").write_text(
-            json.dumps({"step": self.step, "seconds": self.seconds})
-        )
+        state = self.optimizer.state
+        tensors = {
+            "model": {name: p.detach() for name, p in self.parameters()},
+            "ema": dict(zip(self.names, self.ema, strict=True)),
+            "buffers": dict(self.module.named_buffers()),
+            **{key: {name: state[p][key] for name, p in self.parameters()} for key in _ADAM},
+        }
+        checkpoint.save(self.folder, self.step, tensors, {"seconds": self.seconds}, keep=1)
 
-    def load(self) -> None:
-        tensors = load_file(self.folder / "state.safetensors")
-        for i, (name, p) in enumerate(zip(self.names, self.params, strict=True)):
-            p.data.copy_(tensors[f"model/{name}"])
-            self.ema[i].copy_(tensors[f"ema/{name}"])
-            self.optimizer.state[p] = {
-                key: tensors[f"{key}/{name}"] for key in ("exp_avg", "exp_avg_sq", "step")
-            }
+    def load(self, path: Path) -> None:
+        found = checkpoint.load(path)
+        for (name, p), average in zip(self.parameters(), self.ema, strict=True):
+            p.data.copy_(found.tensors["model"][name])
+            average.copy_(found.tensors["ema"][name])
+            self.optimizer.state[p] = {key: found.tensors[key][name] for key in _ADAM}
         for name, buffer in self.module.named_buffers():
-            buffer.copy_(tensors[f"buffer/{name}"])
-        state = json.loads((self.folder / "state.json").read_text())
-        self.step, self.seconds = state["step"], state["seconds"]
+            buffer.copy_(found.tensors["buffers"][name])
+        self.step, self.seconds = found.step, found.state["seconds"]
+
+    def parameters(self) -> Iterator[tuple[str, torch.nn.Parameter]]:
+        """What is trained, by name."""
+        return zip(self.names, self.params, strict=True)
 
     def use_ema(self) -> None:
         """Put the averaged weights into the module, for export or evaluation."""

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from diffusers import AutoencoderKL
 from loop import Loop
 from pictures import STYLES, Batch, Pictures
+from pools import Pool
 from text import LENGTH, build_tokenizer
 
 from rewardprop_fast.rewards.scorer import Scorer, StyleClassifier
@@ -17,10 +18,8 @@ DECODED = 6_000  # pictures that went through the VAE, with noise on their laten
 
 
 @torch.no_grad()
-def decode_pool(vae: AutoencoderKL, data: Pictures, file: Path, batch: int = 50) -> dict:
+def decoded(vae: AutoencoderKL, data: Pictures, batch: int = 50) -> Pool:
     """Pictures as the pipeline shows them: decoded, with noise of up to 60 % on their latents."""
-    if file.exists():
-        return torch.load(file, weights_only=True)
     images, labels, captions = [], [], []
     for seed in range(3_000_000, 3_000_000 + DECODED // batch):
         rng = torch.Generator().manual_seed(seed)
@@ -36,12 +35,9 @@ def decode_pool(vae: AutoencoderKL, data: Pictures, file: Path, batch: int = 50)
                 torch.rand(batch, 1, 1, 1, generator=rng).square() * 0.6 / vae.config.scaling_factor
             )
             noisy = latents + level * torch.randn(latents.shape, generator=rng)
-            decoded = vae.decode(noisy.contiguous(memory_format=torch.channels_last)).sample.float()
-        images.append(((decoded / 2 + 0.5).clamp(0, 1) * 255).byte())
-    pool = {"images": torch.cat(images), "labels": torch.cat(labels, 1), "captions": captions}
-    file.parent.mkdir(parents=True, exist_ok=True)
-    torch.save(pool, file)
-    return pool
+            output = vae.decode(noisy.contiguous(memory_format=torch.channels_last)).sample.float()
+        images.append(((output / 2 + 0.5).clamp(0, 1) * 255).byte())
+    return {"images": torch.cat(images), "labels": torch.cat(labels, 1)}, captions
 
 
 class Views:
@@ -50,16 +46,17 @@ class Views:
     `copy` 0 and 1 share no decoded picture and no pairing of a picture with a background.
     """
 
-    def __init__(self, data: Pictures, pool: dict, copy: int, seed: int) -> None:
-        self.data, self.pool, self.seed = data, pool, seed
-        self.rows = torch.arange(copy, len(pool["images"]), 2)
+    def __init__(self, data: Pictures, pool: Pool, copy: int, seed: int) -> None:
+        self.data, self.seed = data, seed
+        self.pool, self.captions = pool
+        self.rows = torch.arange(copy, len(self.pool["images"]), 2)
 
     def batch(self, count: int, step: int) -> Batch:
         rng = torch.Generator().manual_seed(self.seed * 100_003 + step)
         fresh = self.data.sample(count // 2, seed=(self.seed + 5) * 10_000_000 + step)
         rows = self.rows[torch.randint(len(self.rows), (count - count // 2,), generator=rng)]
         images = torch.cat([fresh.images, self.pool["images"][rows].float() / 255])
-        captions = fresh.captions + [self.pool["captions"][row] for row in rows.tolist()]
+        captions = fresh.captions + [self.captions[row] for row in rows.tolist()]
         new = torch.stack([fresh.subject, fresh.style, fresh.background])
         labels = torch.cat([new, self.pool["labels"][:, rows]], 1)
         blurred = F.interpolate(F.avg_pool2d(images, 2), scale_factor=2, mode="bilinear")
@@ -74,7 +71,7 @@ class Views:
 
 
 def train_scorer(
-    folder: Path, node_modules: Path, pool: dict, copy: int, steps: int, batch: int = 96
+    folder: Path, node_modules: Path, pool: Pool, copy: int, steps: int, batch: int = 96
 ) -> Scorer:
     torch.manual_seed(100 + copy)
     tokenizer = build_tokenizer(folder / "tokenizer")
@@ -118,7 +115,7 @@ def train_scorer(
 
 
 def train_classifier(
-    folder: Path, node_modules: Path, pool: dict, copy: int, steps: int, batch: int = 96
+    folder: Path, node_modules: Path, pool: Pool, copy: int, steps: int, batch: int = 96
 ) -> StyleClassifier:
     torch.manual_seed(200 + copy)
     model = StyleClassifier({"widths": [24, 48, 96, 128], "styles": list(STYLES)}).to(

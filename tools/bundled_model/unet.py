@@ -9,6 +9,7 @@ from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor
 from loop import Loop
 from pictures import Pictures
+from pools import Pool, kept
 from text import WIDTH, build_text_encoder, build_tokenizer
 from transformers import CLIPTextModel
 
@@ -46,12 +47,8 @@ def build_unet() -> UNet2DConditionModel:
 
 
 @torch.no_grad()
-def encode_pool(
-    vae: AutoencoderKL, data: Pictures, file: Path, count: int, batch: int = 64
-) -> dict:
-    """`count` augmented pictures as latents (count, 4, 16, 16) and captions, kept in `file`."""
-    if file.exists():
-        return torch.load(file, weights_only=True)
+def encode(vae: AutoencoderKL, data: Pictures, count: int, batch: int = 64) -> Pool:
+    """`count` augmented pictures as latents (count, 4, 16, 16), with their captions."""
     latents, captions = [], []
     for start in range(0, count, batch):
         drawn = data.sample(min(batch, count - start), seed=2_000_000 + start, jitter=JITTER)
@@ -61,10 +58,7 @@ def encode_pool(
         captions += drawn.captions
         if start % (batch * 50) == 0:
             print(f"encoded {start} of {count}", flush=True)
-    pool = {"latents": torch.cat(latents).half().contiguous(), "captions": captions}
-    file.parent.mkdir(parents=True, exist_ok=True)
-    torch.save(pool, file)
-    return pool
+    return {"latents": torch.cat(latents).half()}, captions
 
 
 class TextToLatents(torch.nn.Module):
@@ -86,12 +80,10 @@ def train(
 ) -> tuple[Loop, TextToLatents]:
     torch.manual_seed(3)
     data = Pictures(node_modules)
-    pool = encode_pool(vae, data, folder / "pool.pt", pool_size)
+    pool, captions = kept(folder / "pool.safetensors", lambda: encode(vae, data, pool_size))
     latents = pool["latents"].float() * vae.config.scaling_factor
     tokenizer = build_tokenizer(folder / "tokenizer")
-    ids = tokenizer(
-        pool["captions"], padding="max_length", truncation=True, return_tensors="pt"
-    ).input_ids
+    ids = tokenizer(captions, padding="max_length", truncation=True, return_tensors="pt").input_ids
     empty = tokenizer("", padding="max_length", return_tensors="pt").input_ids
     model = TextToLatents(build_text_encoder(tokenizer), build_unet())
     model.unet.set_attn_processor(
