@@ -13,14 +13,12 @@ from rewardprop_fast import presets
 from rewardprop_fast.cli.parsing import choices
 from rewardprop_fast.cli.quiet import without_loading_bars
 from rewardprop_fast.errors import ConfigError, ModelError, RewardError
+from rewardprop_fast.training import run_files
 
 if TYPE_CHECKING:
     from rewardprop_fast.rewards import Reward
     from rewardprop_fast.training.config import RewardConfig, RunConfig
     from rewardprop_fast.training.trainer import RewardPropTrainer
-
-CONFIG_FILE = "config.yaml"
-METRICS_FILE = "metrics.jsonl"
 
 
 def config_file(source: str) -> Path:
@@ -31,12 +29,14 @@ def config_file(source: str) -> Path:
     path = Path(source).expanduser()
     if path.is_file():
         return path
-    if (path / CONFIG_FILE).is_file():
-        return path / CONFIG_FILE
+    if (path / run_files.CONFIG).is_file():
+        return path / run_files.CONFIG
     if source in presets.names():
         return presets.path(source)
     if path.is_dir():
-        raise ConfigError(f"{path} is a folder without a {CONFIG_FILE}; give a run or a config.")
+        raise ConfigError(
+            f"{path} is a folder without a {run_files.CONFIG}; give a run or a config."
+        )
     missing = "" if path.suffix in (".yaml", ".yml") else " or preset"
     raise ConfigError(
         f"There is no config file{missing} {source}. Presets: "
@@ -59,9 +59,9 @@ def enclosing_run(path: Path) -> RunConfig | None:
 
     # RUN, RUN/lora, RUN/lora/file, RUN/checkpoints/step_000100
     for folder in (path, *list(path.absolute().parents)[:2]):
-        if (folder / CONFIG_FILE).is_file():
+        if (folder / run_files.CONFIG).is_file():
             try:
-                return RunConfig.from_yaml(folder / CONFIG_FILE, check_machine=False)
+                return RunConfig.from_yaml(folder / run_files.CONFIG, check_machine=False)
             except ConfigError:
                 return None  # of a run from Python, which holds no model, or of another program
     return None
@@ -129,4 +129,4 @@ def _reward(specs: Sequence[RewardConfig]) -> Reward | None:
 
 def holds_run(directory: Path) -> bool:
     """Whether a run has begun to write there."""
-    return (directory / METRICS_FILE).exists()
+    return (directory / run_files.METRICS).exists()

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from rewardprop_fast.training import report
+from rewardprop_fast.training import report, run_files
 from rewardprop_fast.training.report.formats import change, duration, number, size
 
 if TYPE_CHECKING:
@@ -60,7 +60,7 @@ def print_outcome(console: Console, config: RunConfig, result: TrainResult) -> N
     folder = result.directory
     if not result.summary:
         console.print("\nGo on with")
-        _command(console, f"rewardprop train {_quoted(folder / 'config.yaml')} --resume")
+        _command(console, f"rewardprop train {_quoted(folder / run_files.CONFIG)} --resume")
         return
     summary = result.summary
     console.print()
@@ -90,10 +90,10 @@ def print_outcome(console: Console, config: RunConfig, result: TrainResult) -> N
 
 def _where_to_look(console: Console, folder: Path) -> None:
     places = {
-        "report.html": "everything on one page",
-        "before_after.png": "the same prompts and seeds, before and after",
-        "curves.png": "reward and held-out reward, step by step",
-        "lora": "the LoRA, for diffusers and for ComfyUI and A1111",
+        run_files.REPORT: "everything on one page",
+        run_files.BEFORE_AFTER: "the same prompts and seeds, before and after",
+        run_files.CURVES: "reward and held-out reward, step by step",
+        run_files.LORA: "the LoRA, for diffusers and for ComfyUI and A1111",
     }
     console.print("\nLook at")
     width = max(len(str(folder / name)) for name in places)
@@ -104,7 +104,7 @@ def _where_to_look(console: Console, folder: Path) -> None:
 
 
 def _how_to_use(console: Console, config: RunConfig, folder: Path, prompt: str) -> None:
-    model, lora, sampling = config.model.path, str(folder / "lora"), config.train.sampling
+    model, lora, sampling = config.model.path, str(folder / run_files.LORA), config.train.sampling
     console.print("\nUse it")
     _command(
         console,

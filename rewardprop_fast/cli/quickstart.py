@@ -9,6 +9,7 @@ from typing import Any
 
 from rewardprop_fast.cli.parsing import add_overrides, add_verb
 from rewardprop_fast.errors import ConfigError
+from rewardprop_fast.training import run_files
 
 _EPILOG = """\
 examples:
@@ -57,11 +58,11 @@ def set_aside(directory: Path) -> str | None:
 
     Errors: ConfigError for a folder that holds other things than a run.
     """
-    from rewardprop_fast.cli.common import CONFIG_FILE, holds_run
+    from rewardprop_fast.cli.common import holds_run
 
     if not directory.is_dir() or not any(directory.iterdir()):
         return None
-    if not (holds_run(directory) or (directory / CONFIG_FILE).is_file()):
+    if not (holds_run(directory) or (directory / run_files.CONFIG).is_file()):
         raise ConfigError(
             f"{directory} holds something that is not a run, which is left alone. Give another "
             "folder with --directory."

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from rewardprop_fast.cli.parsing import add_verb
 from rewardprop_fast.errors import ConfigError
+from rewardprop_fast.training import run_files
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -117,7 +118,7 @@ def _lora(path: Path) -> Path:
     """The LoRA of a run's folder, or the path itself."""
     if not path.exists():
         raise ConfigError(f"--lora is {path}, which does not exist. Give a LoRA file or a run.")
-    return path / "lora" if (path / "lora").is_dir() else path
+    return path / run_files.LORA if (path / run_files.LORA).is_dir() else path
 
 
 def _config(args: Namespace, run: RunConfig | None) -> TrainConfig:

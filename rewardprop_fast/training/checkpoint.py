@@ -32,6 +32,7 @@ import torch
 
 from rewardprop_fast.errors import CheckpointError
 from rewardprop_fast.files import make_folder, sync_folder, write_new
+from rewardprop_fast.training import run_files
 from rewardprop_fast.training.checkpoint_format import (
     FORMAT,
     MANIFEST,
@@ -191,7 +192,7 @@ def resolve(path: str | Path) -> Path:
         )
     if os.path.lexists(path / MANIFEST) or _FOLDER.fullmatch(path.name):
         return path
-    for folder in (path / "checkpoints", path):
+    for folder in (path / run_files.CHECKPOINTS, path):
         found = _latest_or_none(folder)
         if found:
             return found

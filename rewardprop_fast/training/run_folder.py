@@ -10,7 +10,7 @@ from torch import Tensor
 
 from rewardprop_fast.errors import ConfigError
 from rewardprop_fast.files import atomic_write
-from rewardprop_fast.training import report
+from rewardprop_fast.training import report, run_files
 from rewardprop_fast.training.config_io import dump_yaml
 
 
@@ -19,13 +19,13 @@ class RunFolder:
 
     def __init__(self, path: Path, resumed: bool) -> None:
         self.path = path
-        if not resumed and (path / report.metrics.FILE_NAME).exists():
+        if not resumed and (path / run_files.METRICS).exists():
             raise ConfigError(
                 f"{path} already holds a run. Resume it, or choose another train.output.directory; "
                 "nothing there has been touched."
             )
         try:
-            (path / "images").mkdir(parents=True, exist_ok=True)
+            (path / run_files.IMAGES).mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise ConfigError(
                 f"The run folder {path} cannot be made: {error.strerror or error}."
@@ -33,12 +33,12 @@ class RunFolder:
 
     def write_config(self, settings: dict[str, Any]) -> None:
         """config.yaml, with every default spelled out."""
-        atomic_write(self.path / "config.yaml", dump_yaml(settings))
+        atomic_write(self.path / run_files.CONFIG, dump_yaml(settings))
 
     def write_images(self, step: int, images: Tensor, prompts: Sequence[str]) -> None:
         """images/step_000100.png."""
         grid = report.image_grid(images, list(prompts))
-        grid.save(self.path / "images" / f"step_{step:06d}.png")
+        grid.save(self.path / run_files.IMAGES / f"step_{step:06d}.png")
 
     def write_before_after(
         self,
@@ -50,10 +50,10 @@ class RunFolder:
     ) -> None:
         """before_after.png."""
         grid = report.before_after_grid(before, after, prompts, rewards_before, rewards_after)
-        grid.save(self.path / "before_after.png")
+        grid.save(self.path / run_files.BEFORE_AFTER)
 
     def finish(self, summary: dict[str, Any]) -> None:
         """curves.png, summary.json and report.html."""
-        report.plot_reward_curves(report.read_metrics(self.path), self.path / "curves.png")
+        report.plot_reward_curves(report.read_metrics(self.path), self.path / run_files.CURVES)
         report.write_summary(self.path, summary)
         report.write_report(self.path)

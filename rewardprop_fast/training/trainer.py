@@ -17,7 +17,7 @@ from rewardprop_fast.errors import CheckpointError, ConfigError, NonFiniteError
 from rewardprop_fast.models import check_pipeline
 from rewardprop_fast.randomness import Draws, Stream
 from rewardprop_fast.rewards import Reward, name_of, prepare, probe
-from rewardprop_fast.training import checkpoint, report
+from rewardprop_fast.training import checkpoint, report, run_files
 from rewardprop_fast.training.config import RunConfig, TrainConfig
 from rewardprop_fast.training.engine import Engine, Loss, StepResult, negative_mean, where
 from rewardprop_fast.training.evaluation import Evaluation, Evaluator
@@ -299,7 +299,7 @@ class RewardPropTrainer:
         folder.write_before_after(
             before.images, after.images, after.prompts, before.rewards, after.rewards
         )
-        self.save_lora(folder.path / "lora")
+        self.save_lora(folder.path / run_files.LORA)
         config = self.config
         seconds = [row["seconds"] for row in report.read_metrics(folder.path)]
         summary = {
@@ -341,7 +341,7 @@ class RewardPropTrainer:
             "prompts": list(self.prompts.prompts),
         }
         path = checkpoint.save(
-            Path(output.directory) / "checkpoints",
+            Path(output.directory) / run_files.CHECKPOINTS,
             self.step,
             {"lora": lora.lora_state_dict(self.pipe.unet), **self.optimizer.state()},
             state,

@@ -14,6 +14,7 @@ import yaml
 from markupsafe import Markup
 
 from rewardprop_fast.files import atomic_write
+from rewardprop_fast.training import run_files
 from rewardprop_fast.training.report import formats
 from rewardprop_fast.training.report.curves import (
     PHASE_COLOURS,
@@ -25,8 +26,6 @@ from rewardprop_fast.training.report.diagnosis import diagnose
 from rewardprop_fast.training.report.metrics import PHASES, read_metrics
 from rewardprop_fast.training.report.pictures import embed, timeline
 from rewardprop_fast.training.report.summary import read_summary
-
-FILE_NAME = "report.html"
 
 _BEFORE_AFTER_BUDGET = (
     900_000  # bytes of base64; with the timeline and charts the page stays < 3 MB
@@ -81,7 +80,7 @@ def write_report(run_dir: str | os.PathLike[str]) -> Path:
     run_dir = Path(run_dir)
     if not run_dir.is_dir():
         raise FileNotFoundError(f"There is no run folder {run_dir}.")
-    path = run_dir / FILE_NAME
+    path = run_dir / run_files.REPORT
     atomic_write(path, render_report(run_dir).encode("utf-8"))
     return path
 
@@ -90,7 +89,7 @@ def render_report(run_dir: Path) -> str:
     """The page of :func:`write_report` as text."""
     summary = read_summary(run_dir)
     metrics = sorted(read_metrics(run_dir), key=lambda row: row["step"])
-    config = _read_config(run_dir / "config.yaml")
+    config = _read_config(run_dir / run_files.CONFIG)
     wide, narrow = reward_panel(metrics), reward_panel(metrics, narrow=True)
     return _template().render(
         title=run_dir.resolve().name,
@@ -98,12 +97,12 @@ def render_report(run_dir: Path) -> str:
         subtitle=_subtitle(summary),
         tiles=_tiles(summary, metrics),
         findings=diagnose(summary, metrics),
-        before_after=embed(run_dir / "before_after.png", _BEFORE_AFTER_BUDGET),
+        before_after=embed(run_dir / run_files.BEFORE_AFTER, _BEFORE_AFTER_BUDGET),
         # Our own drawings, not the run's text: safe to put in as they are.
         rewards_wide=Markup(wide.svg) if wide else None,
         rewards_narrow=Markup(narrow.svg) if narrow else None,
         panels=[(panel.title, Markup(panel.svg)) for panel in small_panels(metrics)],
-        timeline=timeline(run_dir / "images", _TIMELINE_BUDGET),
+        timeline=timeline(run_dir / run_files.IMAGES, _TIMELINE_BUDGET),
         phases=_phases(metrics),
         settings=_settings(config),
         prompts=_prompts(summary),
@@ -266,7 +265,7 @@ class Usage:
 
 
 def _usage(run_dir: Path, summary: Mapping[str, Any], config: Mapping[str, Any]) -> Usage | None:
-    folder = run_dir / "lora"
+    folder = run_dir / run_files.LORA
     names = sorted(path.name for path in folder.glob("*.safetensors"))
     diffusers_name = "pytorch_lora_weights.safetensors"
     if not names:

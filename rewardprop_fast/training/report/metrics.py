@@ -11,9 +11,8 @@ from types import TracebackType
 from typing import Any, Literal
 
 from rewardprop_fast.files import atomic_write
+from rewardprop_fast.training import run_files
 from rewardprop_fast.training.report.values import strict
-
-FILE_NAME = "metrics.jsonl"
 
 PHASES = ("prefix", "suffix", "decode", "reward", "backward", "update")
 """The parts of a training step in their order; ``seconds_<phase>`` holds each one's time."""
@@ -46,7 +45,7 @@ class MetricsWriter:
     def __init__(
         self, run_dir: str | os.PathLike[str], tensorboard: bool | Literal["auto"] = "auto"
     ) -> None:
-        self.path = Path(run_dir) / FILE_NAME
+        self.path = Path(run_dir) / run_files.METRICS
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._tensorboard_dir = self.path.parent / "tensorboard"
         self._tensorboard = _open_tensorboard(self._tensorboard_dir) if tensorboard else None
@@ -125,7 +124,7 @@ def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
     """
     path = Path(path)
     if path.is_dir():
-        path = path / FILE_NAME
+        path = path / run_files.METRICS
     if not path.exists():
         return []
     lines = path.read_bytes().split(b"\n")

@@ -9,9 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from rewardprop_fast.files import atomic_write
+from rewardprop_fast.training import run_files
 from rewardprop_fast.training.report.values import strict
-
-FILE_NAME = "summary.json"
 
 SUMMARY_KEYS = (
     "reward_before",
@@ -47,7 +46,7 @@ def write_summary(run_dir: str | os.PathLike[str], summary: Mapping[str, Any]) -
         raise ValueError(
             f"summary.json needs {', '.join(missing)}. Give null for what was not measured."
         )
-    path = Path(run_dir) / FILE_NAME
+    path = Path(run_dir) / run_files.SUMMARY
     path.parent.mkdir(parents=True, exist_ok=True)
     atomic_write(path, json.dumps(strict(summary), indent=2, allow_nan=False) + "\n")
     return path
@@ -59,7 +58,7 @@ def read_summary(run_dir: str | os.PathLike[str]) -> dict[str, Any]:
     Raises:
         ValueError: the file is not a JSON object.
     """
-    path = Path(run_dir) / FILE_NAME
+    path = Path(run_dir) / run_files.SUMMARY
     if not path.exists():
         return {}
     try:
