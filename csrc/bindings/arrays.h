@@ -52,6 +52,17 @@ inline void check_apart(const Array& written, const Array& read) {
     }
 }
 
+// rows * width, where arrays of twice that many elements of at most 8 bytes can be addressed.
+inline std::int64_t count_of(std::int64_t rows, std::int64_t width) {
+    std::int64_t count = 0;
+    if (rows < 0 || width < 0 || __builtin_mul_overflow(rows, width, &count) ||
+        count > INT64_MAX / 16) {
+        throw std::invalid_argument("rows " + std::to_string(rows) + " and width " +
+                                    std::to_string(width) + " are not the sizes of an array");
+    }
+    return count;
+}
+
 // The size in bytes of an element of a tensor that may be float32 or bfloat16.
 inline std::int64_t item_size(const char* argument, const std::string& dtype) {
     if (dtype == "float32") return 4;

@@ -4,7 +4,6 @@
 #include <pybind11/pybind11.h>
 
 #include <cstdint>
-#include <stdexcept>
 #include <string>
 
 #include "arrays.h"
@@ -15,17 +14,6 @@ namespace py = pybind11;
 namespace rewardprop::bindings {
 
 namespace {
-
-// M N, from the rows and width that the caller names.
-std::int64_t count_of(std::int64_t rows, std::int64_t width) {
-    std::int64_t count = 0;
-    if (rows < 0 || width < 0 || __builtin_mul_overflow(rows, width, &count) ||
-        count > INT64_MAX / 16) {
-        throw std::invalid_argument("rows " + std::to_string(rows) + " and width " +
-                                    std::to_string(width) + " are not the sizes of an array");
-    }
-    return count;
-}
 
 template <typename T>
 void forward(const Array& x, const Array& out, std::int64_t width) {

@@ -28,6 +28,13 @@ def emulated_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cuda_module, "where", lambda _: {"device": 0, "stream": 0})
 
 
+@pytest.fixture(autouse=True)
+def _emulated_where_marked(request: pytest.FixtureRequest) -> None:
+    """The mark `emulated_cuda` asks for the fixture, also for single parameters of a test."""
+    if request.node.get_closest_marker("emulated_cuda") is not None:
+        request.getfixturevalue("emulated_cuda")
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Under a sanitizer (see test_emulation.py) only what is for it."""
     sanitizer = os.environ.get("REWARDPROP_EMULATION")
@@ -36,7 +43,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     wanted = [
         item
         for item in items
-        if "emulated_cuda" in getattr(item, "fixturenames", ())
+        if item.get_closest_marker("emulated_cuda")
         and (sanitizer != "thread" or item.get_closest_marker("races"))
     ]
     config.hook.pytest_deselected(items=[item for item in items if item not in wanted])

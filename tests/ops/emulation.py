@@ -15,6 +15,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
@@ -74,14 +75,17 @@ def module() -> Any:
 def build(sanitizer: str) -> Path:
     """The module's file."""
     flags = [*COMMON, *SANITIZERS[sanitizer]]
-    folder = BUILD / (sanitizer or "plain")
-    digest = _digest([COMPILER, *flags, sys.version, __version__])
-    target = folder / f"_cuda_emulated_{digest}.so"
-    if target.exists():
-        return target
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    binding_flags = [
+    target = _folder(sanitizer or "plain", flags) / "_cuda_emulated.so"
+    if not target.exists():
+        objects = _objects("bindings", _binding_flags(), CSRC.glob("cuda/bindings/*.cpp"))
+        objects += _objects(sanitizer or "plain", flags, CSRC.glob("cuda/*.cu"))
+        _finished(target, lambda path: run(COMPILER, *flags, "-shared", *objects, "-o", path))
+    return target
+
+
+def _binding_flags() -> list[str]:
+    """Calls and checks of arguments are the same for all sanitizers, which ask for the kernels."""
+    return [
         *COMMON,
         "-O0",
         "-DREWARDPROP_MODULE=_cuda_emulated",
@@ -89,20 +93,37 @@ def build(sanitizer: str) -> Path:
         f"-I{sysconfig.get_paths()['include']}",
         f"-I{pybind11.get_include()}",
     ]
-    jobs = [(flags, source) for source in sorted(CSRC.glob("cuda/*.cu"))]
-    jobs += [(binding_flags, source) for source in sorted(CSRC.glob("cuda/bindings/*.cpp"))]
-    objects = [str(folder / f"{source.parent.name}_{source.stem}.o") for _, source in jobs]
 
-    def compile_one(index: int) -> None:
-        arguments, source = jobs[index]
-        run(COMPILER, *arguments, "-x", "c++", "-c", str(source), "-o", objects[index])
+
+def _objects(kind: str, flags: list[str], sources: Iterable[Path]) -> list[str]:
+    """The sources, compiled: as many at a time as there are processors."""
+    folder = _folder(kind, flags)
+
+    def compiled(source: Path) -> str:
+        target = folder / f"{source.stem}.o"
+        command = [COMPILER, *flags, "-x", "c++", "-c", str(source), "-o"]
+        if not target.exists():
+            _finished(target, lambda path: run(*command, path))
+        return str(target)
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        list(pool.map(compile_one, range(len(jobs))))
-    unfinished = target.with_suffix(f".{os.getpid()}")
-    run(COMPILER, *flags, "-shared", *objects, "-o", str(unfinished))
+        return list(pool.map(compiled, sorted(sources)))
+
+
+def _folder(kind: str, flags: list[str]) -> Path:
+    """For what these flags make of the present sources; what was made of others is removed."""
+    folder = BUILD / kind / _digest([COMPILER, *flags, sys.version])
+    if not folder.exists():
+        shutil.rmtree(folder.parent, ignore_errors=True)
+        folder.mkdir(parents=True)
+    return folder
+
+
+def _finished(target: Path, make: Callable[[str], None]) -> None:
+    """The file appears under its name when it is complete: two processes may be building."""
+    unfinished = target.with_name(f"{os.getpid()}_{target.name}")
+    make(str(unfinished))
     unfinished.rename(target)
-    return target
 
 
 def run(*command: str) -> None:

@@ -9,5 +9,6 @@ PYBIND11_MODULE(REWARDPROP_MODULE, module) {
     module.doc() = "CUDA kernels of rewardprop_fast.";
     module.def(
         "version", [] { return REWARDPROP_VERSION; }, "The package version this was built from.");
+    bindings::bind_geglu(module);
     bindings::bind_guided_ddim_step(module);
 }

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rewardprop_fast.ops.geglu import native, reference
+from rewardprop_fast.ops.geglu import cuda, native, reference, triton
 from rewardprop_fast.ops.registration import define, differentiable
 from rewardprop_fast.ops.registry import Implementation, Operator, choose
 
@@ -27,6 +27,8 @@ GEGLU = Operator(
     "geglu",
     (
         Implementation("native", native.why_not, native.forward, native.backward),
+        Implementation("cuda", cuda.why_not, cuda.forward, cuda.backward),
+        Implementation("triton", triton.why_not, triton.forward, triton.backward),
         Implementation("reference", lambda *_: None, reference.forward, reference.backward),
     ),
     _example,

@@ -52,11 +52,7 @@ def backward(
     **where: int,
 ) -> Tensor:
     """The gradient of model_output in ``model_dtype``, from the dense gradient of x_prev."""
-    batch = grad.shape[0] * (1 if guidance_scale is None else 2)
-    layout = torch.contiguous_format if grad.is_contiguous() else torch.channels_last
-    out = torch.empty(
-        (batch, *grad.shape[1:]), dtype=model_dtype, device=grad.device, memory_format=layout
-    )
+    out = empty_model_output(grad, guidance_scale, model_dtype)
     module.guided_ddim_step_backward(
         grad=grad.data_ptr(),
         count=grad.numel(),
@@ -68,3 +64,14 @@ def backward(
         **where,
     )
     return out
+
+
+def empty_model_output(
+    grad: Tensor, guidance_scale: float | None, model_dtype: torch.dtype
+) -> Tensor:
+    """Memory for the gradient of model_output, in the memory format of the dense ``grad``."""
+    batch = grad.shape[0] * (1 if guidance_scale is None else 2)
+    layout = torch.contiguous_format if grad.is_contiguous() else torch.channels_last
+    return torch.empty(
+        (batch, *grad.shape[1:]), dtype=model_dtype, device=grad.device, memory_format=layout
+    )

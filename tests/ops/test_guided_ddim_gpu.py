@@ -1,6 +1,8 @@
-"""The CUDA C++ form of the guided DDIM step, on the emulation of its kernels."""
+"""The guided DDIM step's GPU forms on the CPU: emulated CUDA C++, and Triton's interpreter."""
 
 from __future__ import annotations
+
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -9,12 +11,34 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from rewardprop_fast import ops
-from rewardprop_fast.ops import guided_ddim_step
+from rewardprop_fast.ops import guided_ddim_step, triton_runtime
+from rewardprop_fast.ops.guided_ddim_step import triton
 from tests.ops.oracle import laid_out, poisoned
 
-pytestmark = pytest.mark.usefixtures("emulated_cuda")
+emulated = pytest.mark.emulated_cuda
+
+needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def inputs(
+    shape: tuple[int, ...],
+    *,
+    guided: bool,
+    noisy: bool = False,
+    model_dtype: torch.dtype = torch.bfloat16,
+    layout: str = "contiguous",
+    device: str = "cpu",
+) -> tuple[Tensor, Tensor, Tensor, float | None, Tensor | None]:
+    batch, *rest = shape
+    return (
+        laid_out(torch.randn((1 + guided) * batch, *rest).to(model_dtype), layout).to(device),
+        laid_out(torch.randn(shape), layout).to(device),
+        torch.tensor([1.0371, -0.2213, 0.0817], device=device),
+        7.5 if guided else None,
+        torch.randn(shape, device=device) if noisy else None,
+    )
 
 
 def outputs_and_gradients(backend: str, args: tuple, weight: Tensor) -> list[Tensor]:
@@ -27,6 +51,7 @@ def outputs_and_gradients(backend: str, args: tuple, weight: Tensor) -> list[Ten
 
 
 def assert_same_bits(
+    backend: str,
     shape: tuple[int, ...],
     *,
     guided: bool,
@@ -34,21 +59,15 @@ def assert_same_bits(
     model_dtype: torch.dtype,
     layout: str = "contiguous",
 ) -> None:
-    batch, *rest = shape
-    args = (
-        laid_out(torch.randn((1 + guided) * batch, *rest).to(model_dtype), layout),
-        laid_out(torch.randn(shape), layout),
-        torch.tensor([1.0371, -0.2213, 0.0817]),
-        7.5 if guided else None,
-        torch.randn(shape) if noisy else None,
-    )
+    args = inputs(shape, guided=guided, noisy=noisy, model_dtype=model_dtype, layout=layout)
     weight = torch.randn(shape)
-    emulated = outputs_and_gradients("cuda", args, weight)
+    found = outputs_and_gradients(backend, args, weight)
     plain = outputs_and_gradients("reference", args, weight)
-    for ours, theirs in zip(emulated, plain, strict=True):
+    for ours, theirs in zip(found, plain, strict=True):
         assert torch.equal(ours, theirs)
 
 
+@emulated
 @settings(
     max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
@@ -59,19 +78,57 @@ def assert_same_bits(
     model_dtype=st.sampled_from(DTYPES),
     layout=st.sampled_from(["contiguous", "channels_last", "strided"]),
 )
-def test_equals_the_reference_bit_by_bit(
+def test_cuda_equals_the_reference_bit_by_bit(
     shape: tuple[int, ...], guided: bool, noisy: bool, model_dtype: torch.dtype, layout: str
 ) -> None:
-    assert_same_bits(shape, guided=guided, noisy=noisy, model_dtype=model_dtype, layout=layout)
+    assert_same_bits(
+        "cuda", shape, guided=guided, noisy=noisy, model_dtype=model_dtype, layout=layout
+    )
 
 
+@needs_triton
+@settings(max_examples=20, deadline=None)
+@given(
+    shape=st.tuples(*(st.integers(0 if n == 3 else 1, n) for n in (3, 5, 19, 19))),
+    guided=st.booleans(),
+    noisy=st.booleans(),
+    model_dtype=st.sampled_from([torch.float32, torch.float16]),
+    layout=st.sampled_from(["contiguous", "channels_last", "strided"]),
+)
+def test_triton_equals_the_reference_bit_by_bit(
+    shape: tuple[int, ...], guided: bool, noisy: bool, model_dtype: torch.dtype, layout: str
+) -> None:
+    """In the interpreter, which fuses nothing."""
+    assert_same_bits(
+        "triton", shape, guided=guided, noisy=noisy, model_dtype=model_dtype, layout=layout
+    )
+
+
+@needs_triton
+def test_triton_launches_once_each_way_and_for_what_there_is() -> None:
+    with triton_runtime.recording() as recording:
+        for guided in (False, True):
+            args = inputs((2, 4, 8, 8), guided=guided, device="meta")
+            assert triton.forward(*args).shape == (2, 4, 8, 8)
+            out = triton.backward(args[1], args[2], args[3], torch.bfloat16)
+            assert out.shape == args[0].shape
+    names = [launch.kernel.__name__ for launch in recording.launches]
+    assert names == ["forward_kernel", "backward_kernel"] * 2
+    assert [launch.constexprs["GUIDED"] for launch in recording.launches] == [False] * 2 + [
+        True
+    ] * 2
+    assert {launch.grid for launch in recording.launches} == {(1,)}
+
+
+@emulated
 @pytest.mark.races
 @pytest.mark.parametrize("count", [4 * 256 * 2 + 4, 257], ids=["packs", "single"])
 @pytest.mark.parametrize("model_dtype", DTYPES)
 def test_more_than_one_block(count: int, model_dtype: torch.dtype) -> None:
-    assert_same_bits((1, 1, 1, count), guided=True, noisy=True, model_dtype=model_dtype)
+    assert_same_bits("cuda", (1, 1, 1, count), guided=True, noisy=True, model_dtype=model_dtype)
 
 
+@emulated
 def test_arrays_that_are_not_aligned_to_packs() -> None:
     """Views that begin at an odd element: dense, but no thread may load 16 bytes of them."""
     latents = torch.randn(1 + 2 * 64)[1:].reshape(2, 1, 8, 8)
@@ -85,6 +142,7 @@ def test_arrays_that_are_not_aligned_to_packs() -> None:
         assert torch.equal(ours, theirs)
 
 
+@emulated
 def test_every_float16_is_read_and_written_right() -> None:
     """All 65536 of them through the kernel: to float32 and, as gradients, back."""
     halves = torch.arange(-(1 << 15), 1 << 15, dtype=torch.int32).to(torch.int16)
