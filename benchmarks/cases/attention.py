@@ -28,7 +28,7 @@ def checks() -> list[Case]:
         case(AttentionLayer(*sizes))
         for sizes in (
             (2, 4, 128, 128, 64),
-            (1, 1, 1, 1, 8),
+            (1, 1, 1, 3, 8),  # of one key the gradients of q and k are zero: no error to compare
             (2, 3, 67, 77, 40),
             (1, 2, 129, 131, 80),
             (1, 2, 65, 77, 160),

@@ -12,13 +12,7 @@ from functools import cache, partial
 from typing import Any
 
 import torch
-from diffusers import UNet2DConditionModel
-from diffusers.models.activations import GEGLU
-from diffusers.models.attention_processor import Attention
-from diffusers.models.resnet import ResnetBlock2D
 from torch import nn
-
-from rewardprop_fast.models import architectures
 
 
 @dataclass(frozen=True)
@@ -98,6 +92,8 @@ def layers(network: str, pixels: int, batch: int) -> dict[Layer, int]:
         pixels: width and height of the image; latents have an eighth of it.
         batch: what the network sees: guidance doubles the images for a UNet.
     """
+    from rewardprop_fast.models import architectures  # diffusers takes seconds to import
+
     size = pixels // 8
     found: Counter[Layer] = Counter()
     with torch.device("meta"):
@@ -124,6 +120,11 @@ def _note(
     kwargs: dict[str, Any],
     output: Any,
 ) -> None:
+    from diffusers import UNet2DConditionModel
+    from diffusers.models.activations import GEGLU
+    from diffusers.models.attention_processor import Attention
+    from diffusers.models.resnet import ResnetBlock2D
+
     x = next(iter((*args, *kwargs.values())), None)
     parent, _, own = name.rpartition(".")
     if isinstance(module, nn.GroupNorm):
@@ -150,7 +151,7 @@ def _note(
         _note_attention(found, module, x, kwargs.get("encoder_hidden_states"))
 
 
-def _note_attention(found: Counter[Layer], module: Attention, x: Any, context: Any) -> None:
+def _note_attention(found: Counter[Layer], module: Any, x: Any, context: Any) -> None:
     batch = x.shape[0]
     queries = x.shape[1] if x.dim() == 3 else x.shape[2] * x.shape[3]
     inputs = x.shape[2] if x.dim() == 3 else x.shape[1]

@@ -22,7 +22,7 @@ def pool(*, interpreted: bool, workers: int) -> Iterator[ProcessPoolExecutor]:
     executor = ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"))
     try:
         # A process starts with a task that finds none idle, and takes the environment along.
-        with _environment(TRITON_INTERPRET="1" if interpreted else "0", OMP_NUM_THREADS="1"):
+        with environment(TRITON_INTERPRET="1" if interpreted else "0", OMP_NUM_THREADS="1"):
             for started in [executor.submit(os.getpid) for _ in range(workers)]:
                 started.result()
         yield executor
@@ -44,7 +44,8 @@ def in_order(
 
 
 @contextmanager
-def _environment(**values: str) -> Iterator[None]:
+def environment(**values: str) -> Iterator[None]:
+    """Set variables while processes are started inside the block."""
     before = {name: os.environ.get(name) for name in values}
     os.environ.update(values)
     try:
