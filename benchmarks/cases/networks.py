@@ -39,7 +39,7 @@ class LinearLayer:
 
 @dataclass(frozen=True)
 class ProjectionsLayer:
-    """Self-attention's q, k and v: linear layers on one x."""
+    """Self-attention's q, k and v in a UNet: linear layers on one x, each with a LoRA."""
 
     tokens: int
     inputs: int
@@ -148,15 +148,18 @@ def _note(
         layer_ = LinearLayer(tokens, module.in_features, module.out_features, has_bias, adapted)
         found[layer_] += 1
     elif isinstance(module, Attention):
-        _note_attention(found, module, x, kwargs.get("encoder_hidden_states"))
+        adapted = isinstance(model, UNet2DConditionModel)
+        _note_attention(found, module, x, kwargs.get("encoder_hidden_states"), adapted)
 
 
-def _note_attention(found: Counter[Layer], module: Any, x: Any, context: Any) -> None:
+def _note_attention(
+    found: Counter[Layer], module: Any, x: Any, context: Any, adapted: bool
+) -> None:
     batch = x.shape[0]
     queries = x.shape[1] if x.dim() == 3 else x.shape[2] * x.shape[3]
     inputs = x.shape[2] if x.dim() == 3 else x.shape[1]
     keys = queries if context is None else context.shape[1]
     width = module.inner_dim // module.heads
     found[AttentionLayer(batch, module.heads, queries, keys, width)] += 1
-    if context is None:
+    if context is None and adapted:
         found[ProjectionsLayer(batch * queries, inputs, module.inner_dim)] += 1

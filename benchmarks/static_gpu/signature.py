@@ -55,16 +55,12 @@ class Aligned:
 
 def configuration(launch: Launch, arch: int) -> Configuration:
     """What Triton would compile for this launch on a device of architecture ``arch`` (86)."""
-    from triton.runtime.jit import create_function_from_signature
-
     kernel = launch.kernel
-    backend = _backend(arch)
-    binder = create_function_from_signature(kernel.signature, kernel.params, backend)
     arguments = {
         name: Aligned(value) if isinstance(value, Tensor) else value
         for name, value in launch.arguments.items()
     }
-    bound, specialization, _ = binder(**arguments, **launch.constexprs)
+    bound, specialization, _ = _binder(kernel, arch)(**arguments, **launch.constexprs)
     signature = {
         parameter.name: kind
         for parameter, (kind, _) in zip(kernel.params, specialization, strict=True)
@@ -87,8 +83,10 @@ def configuration(launch: Launch, arch: int) -> Configuration:
 
 
 @cache
-def _backend(arch: int) -> Any:
+def _binder(kernel: Any, arch: int) -> Any:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import make_backend
+    from triton.runtime.jit import create_function_from_signature
 
-    return make_backend(GPUTarget("cuda", arch, 32))
+    backend = make_backend(GPUTarget("cuda", arch, 32))
+    return create_function_from_signature(kernel.signature, kernel.params, backend)
