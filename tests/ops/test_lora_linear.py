@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from typing import Any
 
 import pytest
@@ -20,6 +21,11 @@ OP = torch.ops.rewardprop_fast.lora_linear.default
 OP_BACKWARD = torch.ops.rewardprop_fast.lora_linear_backward.default
 
 FAST = ("native",)
+
+#: Triton's interpreter computes in these; bfloat16 is wrong there.
+TRITON_DTYPES = (torch.float32, torch.float16)
+
+needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
 
 
 def plain(
@@ -142,6 +148,107 @@ def test_any_shape_and_strides(
         # Few numbers may cancel, and PyTorch be exact by luck: then the terms' size is what counts.
         unit = torch.finfo(dtype).eps * float(terms.norm() / truth.norm())
         oracle.assert_as_exact_as_torch([own], [theirs], [truth], unit=unit)
+
+
+@needs_triton
+@settings(max_examples=15, deadline=None)
+@given(
+    rows=st.integers(1, 80),
+    k=st.integers(1, 70),
+    n=st.integers(1, 70),
+    rank=st.integers(1, 70),
+    dtype=st.sampled_from(TRITON_DTYPES),
+    layouts=st.tuples(*[st.sampled_from(oracle.LAYOUTS)] * 5),
+    with_bias=st.booleans(),
+)
+def test_triton_takes_any_shape_and_strides(
+    rows: int,
+    k: int,
+    n: int,
+    rank: int,
+    dtype: torch.dtype,
+    layouts: tuple[str, ...],
+    with_bias: bool,
+) -> None:
+    x, weight, bias, lora_a, lora_b = inputs((rows,), k, n, rank, dtype=dtype, with_bias=with_bias)
+    grad = torch.randn(rows, n).to(dtype)
+    x, weight, lora_a, lora_b, grad = (
+        oracle.laid_out(tensor, layout)
+        for tensor, layout in zip((x, weight, lora_a, lora_b, grad), layouts, strict=True)
+    )
+    results = three_ways("triton", x, weight, bias, lora_a, lora_b, grad)
+    for own, theirs, truth, terms in zip(*results, strict=True):
+        assert truth is not None
+        assert terms is not None
+        unit = torch.finfo(dtype).eps * float(terms.norm() / truth.norm())
+        oracle.assert_as_exact_as_torch([own], [theirs], [truth], unit=unit)
+
+
+#: Rows, K, widths, ranks and dtype: every kernel, and every way to add up dB.
+TRITON_LAYERS = {
+    "all in one kernel": ((131,), 72, [64], [4], torch.float32),
+    "three layers in one kernel": ((2, 67), 48, [64] * 3, [3] * 3, torch.float32),
+    "dB with dX": ((150,), 96, [40], [5], torch.float16),
+    "dB with dX, three layers": ((150,), 72, [40] * 3, [3] * 3, torch.float16),
+    "dB with T, three layers": ((150,), 700, [40] * 3, [3] * 3, torch.float16),
+    "layers that differ": ((70,), 48, [64, 64, 32, 32, 32, 7], [4, 4, 5, 5, 5, 1], torch.float32),
+    "a rank above 64": ((70,), 96, [80], [100], torch.float32),
+    "a narrow x and a wide y": ((70,), 16, [720], [17], torch.float16),
+}
+
+
+@needs_triton
+@pytest.mark.parametrize("layers", TRITON_LAYERS)
+@pytest.mark.parametrize("missing", [None, 1])
+def test_triton_is_as_near_to_float64_as_pytorch(
+    layers: str, missing: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from rewardprop_fast.ops.lora_linear import triton_tiles
+
+    # Large tiles also where there are few of them: the interpreter is slow.
+    monkeypatch.setattr(triton_tiles, "_BUSY", 1)
+    rows, k, widths, ranks, dtype = TRITON_LAYERS[layers]
+    if missing is not None and len(widths) == 1:
+        pytest.skip("one layer alone has no output that could be unused")
+    x = torch.randn(*rows, k).to(dtype)
+    parts = [
+        inputs((1,), k, n, rank, dtype=dtype, with_bias=n != 32)[1:]
+        for n, rank in zip(widths, ranks, strict=True)
+    ]
+    weights, biases, lora_as, lora_bs = zip(*parts, strict=True)
+    scales = [0.5 + 0.25 * index for index in range(len(widths))]
+    grads = [torch.randn(*rows, n).to(dtype) for n in widths]
+
+    def run(function: Any, dtype: torch.dtype) -> list[Tensor]:
+        leaves = [
+            (leaf if dtype != torch.float64 else leaf.double()).detach().requires_grad_()
+            for leaf in (x, *lora_as, *lora_bs)
+        ]
+        outputs = function(leaves[0], leaves[1 : 1 + len(widths)], leaves[1 + len(widths) :])
+        used = [
+            (y, grad.to(y.dtype))
+            for index, (y, grad) in enumerate(zip(outputs, grads, strict=True))
+            if index != missing
+        ]
+        torch.autograd.backward(*zip(*used, strict=True))
+        return [
+            *(y.detach() for y in outputs),
+            *(torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for leaf in leaves),
+        ]
+
+    def ours(x: Tensor, lora_as: list[Tensor], lora_bs: list[Tensor]) -> tuple[Tensor, ...]:
+        return lora_linears(x, weights, biases, lora_as, lora_bs, scales)
+
+    def torchs(x: Tensor, lora_as: list[Tensor], lora_bs: list[Tensor]) -> tuple[Tensor, ...]:
+        exact = x.dtype == torch.float64
+        return tuple(
+            plain(x, *(double(w, bias) if exact else (w, bias)), a, b, scale)  # type: ignore[arg-type]
+            for w, bias, a, b, scale in zip(weights, biases, lora_as, lora_bs, scales, strict=True)
+        )
+
+    with ops.backend("triton", strict=True), oracle.poisoned():
+        found = run(ours, dtype)
+    oracle.assert_as_exact_as_torch(found, run(torchs, dtype), run(torchs, torch.float64))
 
 
 @pytest.mark.parametrize("backend", [*FAST, "reference"])

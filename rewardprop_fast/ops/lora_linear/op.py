@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rewardprop_fast.ops.lora_linear import adapters, native, reference
+from rewardprop_fast.ops.lora_linear import adapters, native, reference, triton
 from rewardprop_fast.ops.pointwise import (
     as_matrix,
     as_pixels,
@@ -47,6 +47,7 @@ def _example(device: str, dtype: torch.dtype) -> tuple[Any, ...]:
 LORA_LINEAR = Operator(
     "lora_linear",
     (
+        Implementation("triton", triton.why_not, triton.forward, triton.backward),
         Implementation("native", native.why_not, native.forward, native.backward),
         Implementation("reference", lambda *_: None, reference.forward, reference.backward),
     ),
