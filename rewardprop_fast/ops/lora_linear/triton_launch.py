@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rewardprop_fast.ops.lora_linear import triton_tiles
 from rewardprop_fast.ops.lora_linear import triton_backward as backwards
 from rewardprop_fast.ops.lora_linear import triton_forward as forwards
+from rewardprop_fast.ops.lora_linear import triton_tiles
 from rewardprop_fast.ops.lora_linear.triton_tiles import Tiles, cdiv, padded_rank
 from rewardprop_fast.ops.triton_runtime import launch
 
