@@ -3,6 +3,7 @@
 #   make demo     fine-tune the bundled model and show before and after (about 5 minutes on 2 cores)
 #   make test     run the tests               (make test ARGS="tests/ops -k bf16" for some of them)
 #   make lint     check format, style, types   make format   put the format right
+#   make sanitize run the operators' tests on CPU kernels that AddressSanitizer watches
 #   make bench    quick benchmarks             make clean    remove what was built, .venv included
 #
 #   PYTHON=...        the interpreter to make .venv from, 3.11 or newer
@@ -22,7 +23,7 @@ CPP := $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -
 # The tests are many small computations, which threads that wait for each other make slower.
 TEST_THREADS ?= 1
 
-.PHONY: demo test lint format bench clean install
+.PHONY: demo test sanitize lint format bench clean install
 .DELETE_ON_ERROR:
 
 demo: install
@@ -30,6 +31,9 @@ demo: install
 
 test: install
 	OMP_NUM_THREADS=$(TEST_THREADS) $(BIN)/python -m pytest $(ARGS)
+
+sanitize: install
+	OMP_NUM_THREADS=$(TEST_THREADS) $(BIN)/python -m tools.sanitize $(ARGS)
 
 lint: install
 	$(BIN)/ruff format --check .

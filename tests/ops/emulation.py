@@ -47,7 +47,7 @@ def why_not(sanitizer: str = "") -> str | None:
         return f"no C++ compiler ({COMPILER})"
     if not (Path(sysconfig.get_paths()["include"]) / "Python.h").exists():
         return "Python's headers are missing"
-    if sanitizer and not Path(_runtime(sanitizer)).is_absolute():
+    if sanitizer and not Path(_library(_RUNTIME[sanitizer])).is_absolute():
         return f"{COMPILER} has no {_RUNTIME[sanitizer]}"
     return None
 
@@ -57,7 +57,9 @@ def preload(sanitizer: str) -> dict[str, str]:
     # Python itself keeps memory until the end; what the kernels take is Python's.
     options = {"address": ("ASAN_OPTIONS", "detect_leaks=0"), "thread": ("TSAN_OPTIONS", "")}
     name, value = options[sanitizer]
-    return {"LD_PRELOAD": _runtime(sanitizer), "REWARDPROP_EMULATION": sanitizer, name: value}
+    # libstdc++ beside it: otherwise the sanitizer does not find what throws exceptions.
+    libraries = f"{_library(_RUNTIME[sanitizer])} {_library('libstdc++.so')}"
+    return {"LD_PRELOAD": libraries, "REWARDPROP_EMULATION": sanitizer, name: value}
 
 
 @cache
@@ -144,10 +146,10 @@ def _digest(words: list[str]) -> str:
 
 
 @cache
-def _runtime(sanitizer: str) -> str:
-    """The sanitizer's library: a path, or its bare name where the compiler has none."""
+def _library(name: str) -> str:
+    """A library of the compiler: its path, or the bare name where the compiler has none."""
     result = subprocess.run(
-        [COMPILER, f"-print-file-name={_RUNTIME[sanitizer]}"],
+        [COMPILER, f"-print-file-name={name}"],
         env={name: value for name, value in os.environ.items() if name != "LD_PRELOAD"},
         capture_output=True,
         text=True,
