@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -12,7 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from rewardprop_fast import ops
-from rewardprop_fast.ops import group_norm
+from rewardprop_fast.ops import group_norm, native
 from tests.ops.oracle import (
     LAYOUTS,
     assert_as_exact_as_torch,
@@ -388,3 +391,34 @@ def test_float32_parameters_go_with_bfloat16(parameter_dtype: torch.dtype) -> No
         assert own is not None
         assert own.dtype == dtype
         torch.testing.assert_close(own, plain)
+
+
+#: Prints y and the gradients of a fixed problem, as numbers.
+ISA_SCRIPT = """
+import torch
+from rewardprop_fast import ops
+torch.manual_seed(0)
+for layout in (torch.contiguous_format, torch.channels_last):
+    x = torch.randn(2, 36, 7, 11).contiguous(memory_format=layout).requires_grad_()
+    w, b = (torch.randn(36, requires_grad=True) for _ in range(2))
+    with ops.backend("native", strict=True):
+        y = ops.group_norm(x, 4, w, b, silu=True)
+    grads = torch.autograd.grad(y, (x, w, b), torch.randn(x.shape))
+    print(*torch.cat([t.detach().flatten() for t in (y, *grads)]).tolist())
+"""
+
+
+@needs_native
+def test_instruction_sets_agree() -> None:
+    found = {}
+    for isa in native.module().isa_report()["supported"]:
+        done = subprocess.run(
+            [sys.executable, "-c", ISA_SCRIPT],
+            env={**os.environ, "REWARDPROP_ISA": isa, "PYTHONPATH": os.pathsep.join(sys.path)},
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        found[isa] = torch.tensor([float(number) for number in done.stdout.split()])
+    for values in found.values():  # fused multiply-adds round otherwise, nothing else differs
+        torch.testing.assert_close(values, found["scalar"], rtol=1e-5, atol=1e-5)
