@@ -85,7 +85,8 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
 def show(found: dict[str, Any]) -> None:
     table = Table(title=f"seconds per training step, {found['device']}")
     for column in ("method", "dtype", "min", "median", *report.PHASES):
-        table.add_column(column, justify="left" if column in ("method", "dtype") else "right")
+        named = column in ("method", "dtype")
+        table.add_column(column, justify="left" if named else "right", no_wrap=True)
     for row in found["rows"]:
         phases = [f"{row[f'seconds_{phase}_median']:.3f}" for phase in report.PHASES]
         table.add_row(
@@ -95,7 +96,10 @@ def show(found: dict[str, Any]) -> None:
             f"{row['seconds_median']:.3f}",
             *phases,
         )
-    Console().print(table)
+    console = Console()
+    if not console.is_terminal:
+        console.width = 120  # a log has room; rich would cut the columns to 80
+    console.print(table)
 
 
 def main() -> None:

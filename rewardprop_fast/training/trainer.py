@@ -22,6 +22,7 @@ from rewardprop_fast.training.config import RunConfig, TrainConfig
 from rewardprop_fast.training.engine import Engine, Loss, StepResult, negative_mean, where
 from rewardprop_fast.training.evaluation import Evaluation, Evaluator
 from rewardprop_fast.training.gauges import diversity
+from rewardprop_fast.training.identity import differences, identity
 from rewardprop_fast.training.optimization import LoRAOptimizer
 from rewardprop_fast.training.placement import place
 from rewardprop_fast.training.precision import resolve_device, resolve_dtype
@@ -337,8 +338,7 @@ class RewardPropTrainer:
         output = self.config.output
         state = {
             "seconds": self._seconds,
-            "config": self.config.to_dict(),
-            "prompts": list(self.prompts.prompts),
+            **self._identity(),
         }
         path = checkpoint.save(
             Path(output.directory) / run_files.CHECKPOINTS,
@@ -349,6 +349,9 @@ class RewardPropTrainer:
         )
         self._saved_at = self.step
         return path
+
+    def _identity(self) -> dict[str, Any]:
+        return identity(self.config, self.prompts, self.reward, self.run_config)
 
     def resume(self, path: str | Path | None = None) -> int:
         """Continue from a checkpoint: the run that follows is the run that would have been.
@@ -363,7 +366,7 @@ class RewardPropTrainer:
             CheckpointError: none there, damaged, or written with other settings.
         """
         found = checkpoint.load(Path(path or self.config.output.directory))
-        changed = _changes(found.state, self.config, self.prompts.prompts)
+        changed = differences(found.state, self._identity())
         if changed:
             raise CheckpointError(
                 f"{found.path} was written by a run with other settings, so going on from it would "
@@ -382,19 +385,3 @@ class RewardPropTrainer:
         self._owns_folder = found.path.resolve().is_relative_to(own)
         self._saved_at = found.step if self._owns_folder else -1
         return self.step
-
-
-_FREE = ("output", "steps", "device", "target_reward")  # may change on resume
-
-
-def _changes(state: dict[str, Any], config: TrainConfig, prompts: Sequence[str]) -> list[str]:
-    """Settings that differ between a checkpoint and this run, in words."""
-    then, now = state.get("config", {}), config.to_dict()
-    changed = [
-        f"{key} was {then.get(key)!r} and is {now.get(key)!r}"
-        for key in sorted({*then, *now} - set(_FREE))
-        if then.get(key) != now.get(key)
-    ]
-    if state.get("prompts") != list(prompts):
-        changed.append("the prompts differ")
-    return changed

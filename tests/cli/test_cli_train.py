@@ -256,6 +256,10 @@ def test_resume_refuses_what_it_cannot_continue(straight: Path, config: Path, co
     changed = command("train", "straight", "--resume", "train.seed=5")
     assert changed.code == 1
     assert "seed was 0 and is 5" in changed.err
+    colour = command("train", "straight", "--resume", "reward.0.args={colour: [0, 0, 1]}")
+    assert colour.code == 1
+    assert "reward was" in colour.err
+    assert "[0, 0, 1]" in colour.err
     weights = next((straight / "checkpoints" / "step_000004").glob("lora.safetensors"))
     data = bytearray(weights.read_bytes())
     data[-1] ^= 1

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 
 from rewardprop_fast.errors import CheckpointError, ConfigError
 from rewardprop_fast.methods import AlignProp, DRaFT, DRaFTLV
+from rewardprop_fast.rewards import ColourReward
 from rewardprop_fast.training import checkpoint
 from rewardprop_fast.training.config import LoRAConfig, OptimizerConfig
 from rewardprop_fast.training.report import read_metrics
@@ -138,6 +139,17 @@ def test_drawn_suffixes_resume_too(make_trainer, tmp_path):
         ({"seed": 6}, "seed was 5 and is 6"),
         ({"batch_size": 2}, "batch_size was 1 and is 2"),
         ({"prompts": ["something else"]}, "the prompts differ"),
+        ({"reward": ColourReward()}, "the reward was wavy_reward and is colour"),
+        (
+            {
+                "prompts": [
+                    ("a red apple", {"wave": 5.0}),
+                    ("a dog on the beach", {"wave": 2.0}),
+                    ("a boat", {}),
+                ]
+            },
+            "the prompts' metadata differ",
+        ),
     ],
 )
 def test_other_settings_are_another_run(changed, words, whole, make_trainer):
