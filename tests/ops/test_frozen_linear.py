@@ -18,7 +18,7 @@ from tests.ops import oracle
 OP = torch.ops.rewardprop_fast.frozen_linear.default
 OP_BACKWARD = torch.ops.rewardprop_fast.frozen_linear_backward.default
 
-BACKENDS = ("auto", "reference")
+BACKENDS = ("native", "reference")
 
 
 @settings(max_examples=30, deadline=None)

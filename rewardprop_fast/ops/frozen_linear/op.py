@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rewardprop_fast.ops.frozen_linear import reference
+from rewardprop_fast.ops.frozen_linear import native, reference
 from rewardprop_fast.ops.pointwise import as_matrix, as_pixels, as_rows, check_base, check_frozen
 from rewardprop_fast.ops.registration import define, differentiable
 from rewardprop_fast.ops.registry import Implementation, Operator, choose
@@ -30,7 +30,10 @@ def _example(device: str, dtype: torch.dtype) -> tuple[Any, ...]:
 
 FROZEN_LINEAR = Operator(
     "frozen_linear",
-    (Implementation("reference", lambda *_: None, reference.forward, reference.backward),),
+    (
+        Implementation("native", native.why_not, native.forward, native.backward),
+        Implementation("reference", lambda *_: None, reference.forward, reference.backward),
+    ),
     _example,
 )
 

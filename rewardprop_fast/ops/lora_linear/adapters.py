@@ -22,6 +22,8 @@ def join(lora_as: Sequence[Tensor], lora_bs: Sequence[Tensor]) -> tuple[Tensor, 
 
 def split(lora_b: Tensor, weights: Sequence[Tensor], ranks: Sequence[int]) -> list[Tensor]:
     """Each layer's B (N, r) as a view of the flat array."""
+    if len(ranks) == 1:
+        return [lora_b.view(weights[0].shape[0], ranks[0])]
     shapes = [(w_NK.shape[0], rank) for w_NK, rank in zip(weights, ranks, strict=True)]
     parts = lora_b.split([rows * rank for rows, rank in shapes])
     return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]

@@ -11,9 +11,9 @@ import math
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from rewardprop_fast.ops import onednn
 from rewardprop_fast.ops.lora_linear import adapters
 
 #: Rows that are copied to float32 at a time: such a block of 1280 columns is 1.3 MB.
@@ -47,7 +47,7 @@ def forward(
     scales: Sequence[float],
 ) -> list[Tensor]:
     """The y_i (..., N_i), and last S (M, R)."""
-    x_MK = x.reshape(-1, x.shape[-1])
+    x_MK = x.reshape(-1, x.shape[-1]).contiguous()
     s_MR = x_MK @ lora_a.to(x.dtype).T
     outputs = []
     layers = zip(
@@ -59,7 +59,7 @@ def forward(
         strict=True,
     )
     for w_NK, bias, b_NR, own, scale in layers:
-        y_MN = F.linear(x_MK, w_NK, bias)
+        y_MN = onednn.linear(x_MK, w_NK, bias)
         y_MN.addmm_(s_MR[:, own], b_NR.T, alpha=scale)
         outputs.append(y_MN.view(*x.shape[:-1], w_NK.shape[0]))
     return [*outputs, s_MR]
@@ -82,7 +82,7 @@ def backward(
     dtype = next(grad.dtype for grad in grads if grad is not None)
     rows = math.prod(x_shape[:-1])
     a_RK = lora_a.to(dtype)
-    dx_MK = a_RK.new_empty((rows, a_RK.shape[1])) if dx_needed else None
+    dx_MK: Tensor | None = None
     db = lora_b.new_zeros(lora_b.shape, dtype=torch.float32) if db_needed else None
     ts: list[Tensor] = []
     a_rows: list[slice] = []
@@ -99,9 +99,9 @@ def backward(
         if grad is None:
             continue
         dy_MN = grad.reshape(rows, w_NK.shape[0])
-        if dx_MK is not None:
-            # beta = 0 ignores what the new memory holds.
-            dx_MK.addmm_(dy_MN, w_NK, beta=1 if ts else 0)
+        if dx_needed:
+            part = onednn.linear(dy_MN.contiguous(), w_NK.T, None)
+            dx_MK = part if dx_MK is None else dx_MK.add_(part)
         if db_NR is not None:
             assert s_MR is not None
             _add_summed_product(dy_MN, s_MR[:, own], scale, db_NR)

@@ -47,8 +47,8 @@ def _example(device: str, dtype: torch.dtype) -> tuple[Any, ...]:
 LORA_LINEAR = Operator(
     "lora_linear",
     (
-        Implementation("triton", triton.why_not, triton.forward, triton.backward),
         Implementation("native", native.why_not, native.forward, native.backward),
+        Implementation("triton", triton.why_not, triton.forward, triton.backward),
         Implementation("reference", lambda *_: None, reference.forward, reference.backward),
     ),
     _example,
