@@ -14,7 +14,7 @@ from rewardprop_fast.ops.lora_linear import triton_backward as backwards
 from rewardprop_fast.ops.lora_linear import triton_forward as forwards
 from rewardprop_fast.ops.lora_linear import triton_tiles
 from rewardprop_fast.ops.lora_linear.triton_tiles import Tiles, cdiv, padded_rank
-from rewardprop_fast.ops.triton_runtime import launch
+from rewardprop_fast.ops.triton_runtime import capability, launch
 
 #: Layers that share a launch.
 _TOGETHER = 3
@@ -217,7 +217,10 @@ class _Backward:
         first = wide if fused else low
         with_t = self.dx_MK is not None or da_needed
         parts = None
-        if self.db is not None and with_t and triton_tiles.partial_sums_pay(group.rank, first):
+        # For compute capability 8.0 the compiler spills the three layers' fused kernel with dB.
+        spills = fused and group.count > 1 and capability(dys[0]) == (8, 0)
+        pays = triton_tiles.partial_sums_pay(group.rank, first) and not spills
+        if self.db is not None and with_t and pays:
             elements = group.count * group.width * group.rank
             parts = self.db.new_empty((cdiv(self.rows, first.rows), elements), dtype=torch.float32)
         shared: dict[str, Any] = {

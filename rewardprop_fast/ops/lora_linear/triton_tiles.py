@@ -71,7 +71,7 @@ def narrow(rows: int, rank: int, dtype: torch.dtype) -> Tiles:
     height = 128 if cdiv(rows, 128) >= _BUSY // 2 else 32
     if dtype == torch.float32:
         return Tiles(min(height, 64), padded_rank(rank), 32, 4, 3)
-    return Tiles(height, padded_rank(rank), 64, 4, 4)
+    return Tiles(height, padded_rank(rank), 64, 4 if padded_rank(rank) < 64 else 8, 4)
 
 
 def outer(rows: int, dtype: torch.dtype) -> Tiles:
