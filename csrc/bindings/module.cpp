@@ -47,5 +47,6 @@ PYBIND11_MODULE(_native, module) {
                "Threads a loop may use; follows torch.set_num_threads.");
     bindings::bind_geglu(module);
     bindings::bind_group_norm_silu(module);
+    bindings::bind_attention(module);
     bindings::bind_guided_ddim_step(module);
 }

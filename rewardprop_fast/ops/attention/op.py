@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rewardprop_fast.ops.attention import reference, sdpa
+from rewardprop_fast.ops.attention import native, reference, sdpa, triton
 from rewardprop_fast.ops.registration import define, differentiable
 from rewardprop_fast.ops.registry import Implementation, Operator, choose
 
@@ -32,6 +32,8 @@ def _example(device: str, dtype: torch.dtype) -> tuple[Any, ...]:
 ATTENTION = Operator(
     "attention",
     (
+        Implementation("native", native.why_not, native.forward, native.backward),
+        Implementation("triton", triton.why_not, triton.forward, triton.backward),
         Implementation("sdpa", sdpa.why_not, sdpa.forward, sdpa.backward),
         Implementation("reference", lambda *_: None, reference.forward, reference.backward),
     ),
@@ -92,6 +94,8 @@ def _backward(
     scale: float,
     needed: reference.Needed,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    _check(q, k, v)
+    _check_saved(grad, q, out, lse)
     grad, q, k, v, out = (_rows(tensor) for tensor in (grad, q, k, v, out))
     implementation = choose(ATTENTION, q, k, v, scale).implementation
     return implementation.backward(grad, q, k, v, out, lse.contiguous(), scale, needed)
@@ -107,6 +111,8 @@ def _backward_fake(
     scale: float,
     needed: reference.Needed,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    _check(q, k, v)
+    _check_saved(grad, q, out, lse)
     return reference.gradients_like(q, k, v, needed)
 
 
@@ -174,3 +180,17 @@ def _check(q: Tensor, k: Tensor, v: Tensor) -> None:
         )
     if k.shape[2] == 0:
         raise ValueError("k has no keys (Lk = 0); the softmax over none is not defined.")
+
+
+def _check_saved(grad: Tensor, q: Tensor, out: Tensor, lse: Tensor) -> None:
+    """Autograd gives what fits; whoever calls the operator itself might not."""
+    for name, tensor, shape, dtype in (
+        ("grad", grad, q.shape, q.dtype),
+        ("out", out, q.shape, q.dtype),
+        ("lse", lse, q.shape[:-1], reference.compute_dtype(q.dtype)),
+    ):
+        if tensor.shape != shape or tensor.dtype != dtype or tensor.device != q.device:
+            raise ValueError(
+                f"{name} is {tuple(tensor.shape)} {tensor.dtype} on {tensor.device}; with this q "
+                f"it must be {tuple(shape)} {dtype} on {q.device}."
+            )

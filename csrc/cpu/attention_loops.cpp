@@ -1,0 +1,286 @@
+// The loops of attention, compiled once per instruction set with REWARDPROP_ISA naming it (scalar,
+// avx2, avx512). Everything is computed in float32, whatever the tensors hold: bfloat16 is widened
+// while it is packed, and rounded once at the end.
+//
+// FlashAttention-2 (arXiv 2307.08691), algorithms 1 and 2, with the tiles of a CPU's caches:
+// products run on packed copies whose rows are whole vectors, so they have no edges.
+#include "../math/normal.h"
+#include "attention.h"
+#include "attention_products.h"
+
+namespace rewardprop::cpu::REWARDPROP_ISA {
+
+namespace {
+
+constexpr float kLog2E = 1.44269504f;
+constexpr float kLn2 = 0.693147181f;
+constexpr float kLeastPower = -126.0f;  // 2^-126 is the least normal number; below counts as zero
+
+float infinity() { return __builtin_inff(); }
+
+template <typename T>
+const T* row_of(const Rows<const T>& rows, std::int64_t heads, std::int64_t head,
+                std::int64_t row) {
+    return rows.data + head / heads * rows.batch_stride + head % heads * rows.head_stride +
+           row * rows.row_stride;
+}
+
+template <typename T>
+T* row_of(const Rows<T>& rows, std::int64_t heads, std::int64_t head, std::int64_t row) {
+    return rows.data + head / heads * rows.batch_stride + head % heads * rows.head_stride +
+           row * rows.row_stride;
+}
+
+// (count, width) to float32 rows that are `step` apart, zeros after the width and up to `rows`.
+template <typename T>
+void pack(const T* __restrict from, std::int64_t row_stride, std::int64_t count, std::int64_t rows,
+          std::int64_t width, float* __restrict to, std::int64_t step) {
+    for (std::int64_t i = 0; i < count; ++i) {
+        for (std::int64_t d = 0; d < width; ++d)
+            to[i * step + d] = math::to_float(from[i * row_stride + d]);
+        for (std::int64_t d = width; d < step; ++d) to[i * step + d] = 0.0f;
+    }
+    for (std::int64_t i = count * step; i < rows * step; ++i) to[i] = 0.0f;
+}
+
+// (count, width) to its transpose: width rows that are `step` apart, zeros after the count.
+template <typename T>
+void pack_turned(const T* __restrict from, std::int64_t row_stride, std::int64_t count,
+                 std::int64_t width, float* __restrict to, std::int64_t step) {
+    std::int64_t first = 0;
+    for (; first + kPad <= count; first += kPad) {
+        for (std::int64_t d = 0; d < width; ++d) {
+            for (std::int64_t i = 0; i < kPad; ++i)
+                to[d * step + first + i] = math::to_float(from[(first + i) * row_stride + d]);
+        }
+    }
+    for (std::int64_t d = 0; d < width && first < step; ++d) {
+        for (std::int64_t i = first; i < step; ++i)
+            to[d * step + i] = i < count ? math::to_float(from[i * row_stride + d]) : 0.0f;
+    }
+}
+
+template <typename T>
+void unpack(const float* __restrict from, float factor, T* __restrict to, std::int64_t width) {
+    for (std::int64_t d = 0; d < width; ++d) math::store(factor * from[d], to + d);
+}
+
+// 2^x for x <= 0; a NaN stays one.
+float power(float x) {
+    const float value = math::exp2_of_negative(x < kLeastPower ? kLeastPower : x);
+    return x < kLeastPower ? 0.0f : value;
+}
+
+// Scales a row of scores in place, sets what lies past the keys to -inf, and gives its maximum.
+float scale_row(float* __restrict scores, std::int64_t keys, std::int64_t padded, float factor) {
+    for (std::int64_t i = 0; i < padded; ++i) scores[i] *= factor;
+    for (std::int64_t i = keys; i < padded; ++i) scores[i] = -infinity();
+    Vector most = broadcast(-infinity());
+    for (std::int64_t i = 0; i < padded; i += kLanes) {
+        const Vector value = load(scores + i);
+        most = value > most ? value : most;
+    }
+    float result = most[0];
+    for (int i = 1; i < kLanes; ++i) result = most[i] > result ? most[i] : result;
+    return result;
+}
+
+// Scores become weights 2^(score - maximum); gives their sum.
+float weigh_row(float* __restrict scores, std::int64_t padded, float maximum) {
+    for (std::int64_t i = 0; i < padded; ++i) scores[i] = power(scores[i] - maximum);
+    Vector sums{};
+    for (std::int64_t i = 0; i < padded; i += kLanes) sums += load(scores + i);
+    float result = 0.0f;
+    for (int i = 0; i < kLanes; ++i) result += sums[i];
+    return result;
+}
+
+// What to subtract: 0 where all scores are -inf, so that their weights are 0 and not NaN.
+float above(float maximum) { return maximum == -infinity() ? 0.0f : maximum; }
+
+template <typename T>
+void forward(const Attention<T>& op, const AttentionPart& part, float* scratch) {
+    const std::int64_t width = op.width, step = round_up(width, kPad), tile = key_tile(width);
+    const float factor = op.scale * kLog2E;
+    float* keys_turned = scratch;  // tile after tile: (width, keys of the tile)
+    float* values = keys_turned + width * round_up(op.keys, kPad);
+    float* queries = values + op.keys * step;
+    float* sums = queries + kQueryTile * step;
+    float* scores = sums + kQueryTile * step;
+    for (std::int64_t key = 0; key < op.keys; key += tile) {
+        const std::int64_t count = op.keys - key < tile ? op.keys - key : tile;
+        pack_turned(row_of(op.k, op.heads, part.head, key), op.k.row_stride, count, width,
+                    keys_turned + width * key, round_up(count, kPad));
+    }
+    pack(row_of(op.v, op.heads, part.head, 0), op.v.row_stride, op.keys, op.keys, width, values,
+         step);
+    for (std::int64_t first = part.first_query; first < part.last_query; first += kQueryTile) {
+        const std::int64_t left = part.last_query - first;
+        const std::int64_t count = left < kQueryTile ? left : kQueryTile;
+        const std::int64_t rows = round_up(count, kRows);
+        pack(row_of(op.q, op.heads, part.head, first), op.q.row_stride, count, rows, width, queries,
+             step);
+        float maximum[kQueryTile], total[kQueryTile];
+        for (std::int64_t key = 0; key < op.keys; key += tile) {
+            const std::int64_t key_count = op.keys - key < tile ? op.keys - key : tile;
+            const std::int64_t padded = round_up(key_count, kPad);
+            product<false>(queries, step, keys_turned + width * key, padded, scores, padded, rows,
+                           padded, width, false);
+            for (std::int64_t i = 0; i < rows; ++i) {
+                float* row = scores + i * padded;
+                const float highest = scale_row(row, key_count, padded, factor);
+                if (key == 0) {
+                    maximum[i] = highest;
+                    total[i] = weigh_row(row, padded, above(highest));
+                    continue;
+                }
+                const float before = maximum[i];
+                if (highest > before) {
+                    const float shrink = power(before - above(highest));
+                    maximum[i] = highest;
+                    total[i] *= shrink;
+                    for (std::int64_t d = 0; d < step; ++d) sums[i * step + d] *= shrink;
+                }
+                total[i] += weigh_row(row, padded, above(maximum[i]));
+            }
+            product<false>(scores, padded, values + key * step, step, sums, step, rows, step,
+                           key_count, key > 0);
+        }
+        for (std::int64_t i = 0; i < count; ++i) {
+            unpack(sums + i * step, 1.0f / total[i], row_of(op.out, op.heads, part.head, first + i),
+                   width);
+            op.lse[part.head * op.queries + first + i] =
+                kLn2 * above(maximum[i]) + __builtin_logf(total[i]);
+        }
+    }
+}
+
+// delta = sum_d dO O.
+template <typename T>
+float dot_row(const T* __restrict a, const T* __restrict b, std::int64_t width) {
+    float lanes[kPad] = {};
+    std::int64_t d = 0;
+    for (; d + kPad <= width; d += kPad) {
+        for (std::int64_t i = 0; i < kPad; ++i)
+            lanes[i] += math::to_float(a[d + i]) * math::to_float(b[d + i]);
+    }
+    float result = 0.0f;
+    for (; d < width; ++d) result += math::to_float(a[d]) * math::to_float(b[d]);
+    for (float lane : lanes) result += lane;
+    return result;
+}
+
+// Scores become weights 2^(factor score - lse2), and dP becomes dS = P (dP - delta).
+void weigh_row_backward(float* __restrict scores, float* __restrict dscores, std::int64_t padded,
+                        float factor, float lse2, float delta) {
+    for (std::int64_t i = 0; i < padded; ++i) {
+        const float weight = power(scores[i] * factor - lse2);
+        scores[i] = weight;
+        dscores[i] = weight * (dscores[i] - delta);
+    }
+}
+
+template <typename T>
+void backward(const AttentionBackward<T>& op, const AttentionPart& part, float* scratch) {
+    const std::int64_t width = op.width, step = round_up(width, kPad), tile = key_tile(width);
+    const float factor = op.scale * kLog2E;
+    const std::int64_t count = part.last_query - part.first_query;
+    const std::int64_t query_rows = round_up(count, kQueryTile);
+    float* queries = scratch;
+    float* grads = queries + query_rows * step;
+    float* dqueries = grads + query_rows * step;
+    float* lse2 = dqueries + query_rows * step;
+    float* delta = lse2 + query_rows;
+    float* keys_turned = delta + query_rows;
+    float* values_turned = keys_turned + width * tile;
+    float* keys = values_turned + width * tile;
+    float* dkeys = keys + tile * step;
+    float* dvalues = dkeys + tile * step;
+    float* scores = dvalues + tile * step;
+    float* dscores = scores + kQueryTile * tile;
+
+    pack(row_of(op.q, op.heads, part.head, part.first_query), op.q.row_stride, count, query_rows,
+         width, queries, step);
+    pack(row_of(op.grad, op.heads, part.head, part.first_query), op.grad.row_stride, count,
+         query_rows, width, grads, step);
+    for (std::int64_t i = 0; i < query_rows; ++i) {
+        // A query that is not there weighs 2^-inf = 0.
+        const std::int64_t query = part.first_query + i;
+        lse2[i] = i < count ? kLog2E * op.lse[part.head * op.queries + query] : infinity();
+        delta[i] = i < count && (part.dq || part.dk)
+                       ? dot_row(row_of(op.grad, op.heads, part.head, query),
+                                 row_of(op.out, op.heads, part.head, query), width)
+                       : 0.0f;
+    }
+    for (std::int64_t key = part.first_key; key < part.last_key; key += tile) {
+        const std::int64_t left = part.last_key - key;
+        const std::int64_t key_count = left < tile ? left : tile;
+        const std::int64_t padded = round_up(key_count, kPad);
+        pack_turned(row_of(op.k, op.heads, part.head, key), op.k.row_stride, key_count, width,
+                    keys_turned, padded);
+        if (part.dq || part.dk) {
+            pack_turned(row_of(op.v, op.heads, part.head, key), op.v.row_stride, key_count, width,
+                        values_turned, padded);
+        }
+        if (part.dq) {
+            pack(row_of(op.k, op.heads, part.head, key), op.k.row_stride, key_count, key_count,
+                 width, keys, step);
+        }
+        for (std::int64_t i = 0; count == 0 && i < key_count * step; ++i)
+            dkeys[i] = dvalues[i] = 0.0f;
+        for (std::int64_t first = 0; first < count; first += kQueryTile) {
+            const std::int64_t rest = count - first;
+            const std::int64_t rows = round_up(rest < kQueryTile ? rest : kQueryTile, kRows);
+            const float* q = queries + first * step;
+            const float* grad = grads + first * step;
+            product<false>(q, step, keys_turned, padded, scores, padded, rows, padded, width,
+                           false);
+            if (part.dq || part.dk) {
+                product<false>(grad, step, values_turned, padded, dscores, padded, rows, padded,
+                               width, false);
+            }
+            for (std::int64_t i = 0; i < rows; ++i) {
+                weigh_row_backward(scores + i * padded, dscores + i * padded, padded, factor,
+                                   lse2[first + i], delta[first + i]);
+            }
+            const std::int64_t key_rows = round_up(key_count, kRows);
+            if (part.dv) {
+                product<true>(scores, padded, grad, step, dvalues, step, key_rows, step, rows,
+                              first > 0);
+            }
+            if (part.dk) {
+                product<true>(dscores, padded, q, step, dkeys, step, key_rows, step, rows,
+                              first > 0);
+            }
+            if (part.dq) {
+                product<false>(dscores, padded, keys, step, dqueries + first * step, step, rows,
+                               step, key_count, key > part.first_key);
+            }
+        }
+        for (std::int64_t i = 0; i < key_count; ++i) {
+            if (part.dk) {
+                unpack(dkeys + i * step, op.scale, row_of(op.dk, op.heads, part.head, key + i),
+                       width);
+            }
+            if (part.dv) {
+                unpack(dvalues + i * step, 1.0f, row_of(op.dv, op.heads, part.head, key + i),
+                       width);
+            }
+        }
+    }
+    for (std::int64_t i = 0; part.dq && i < count; ++i) {
+        unpack(dqueries + i * step, op.scale,
+               row_of(op.dq, op.heads, part.head, part.first_query + i), width);
+    }
+}
+
+}  // namespace
+
+const AttentionLoops attention_loops = {
+    forward<float>,
+    forward<math::BFloat16>,
+    backward<float>,
+    backward<math::BFloat16>,
+};
+
+}  // namespace rewardprop::cpu::REWARDPROP_ISA

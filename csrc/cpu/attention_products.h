@@ -1,0 +1,117 @@
+// Vectors and small matrix products for attention_loops.cpp, in the instruction set that file is
+// compiled for. Everything is `static` for the reason given in math/portable.h.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+namespace rewardprop::cpu::REWARDPROP_ISA {
+
+// A product's tile of results stays in registers: kRows rows of up to kColumns vectors.
+#if defined(__AVX512F__)
+constexpr int kLanes = 16, kRows = 8;
+#elif defined(__AVX2__)
+constexpr int kLanes = 8, kRows = 4;
+#else
+constexpr int kLanes = 4, kRows = 4;
+#endif
+constexpr int kColumns = 3;
+// So many products make one sum.
+constexpr std::int64_t kDepth = 64;
+
+// Matrices are padded to whole vectors of the widest instruction set.
+constexpr std::int64_t kPad = 16;
+
+typedef float Vector __attribute__((vector_size(kLanes * sizeof(float))));
+
+static inline Vector load(const float* from) {
+    Vector value;
+    std::memcpy(&value, from, sizeof(value));
+    return value;
+}
+
+static inline void save(Vector value, float* to) { std::memcpy(to, &value, sizeof(value)); }
+
+static inline Vector broadcast(float value) { return value - Vector{}; }
+
+static inline std::int64_t round_up(std::int64_t value, std::int64_t step) {
+    return (value + step - 1) / step * step;
+}
+
+// c (kRows, N vectors) = or += a b. a is (kRows, depth), or (depth, kRows) where kTurned; rows of
+// a, b and c are a_step, b_step and c_step apart. The sum begins at zero and is added to c at the
+// end: what is long is summed in pieces, which loses less than one chain of additions.
+template <int N, bool kTurned, bool kAdd>
+static inline void product_tile(const float* __restrict a, std::int64_t a_step,
+                                const float* __restrict b, std::int64_t b_step, float* __restrict c,
+                                std::int64_t c_step, std::int64_t depth) {
+    Vector sum[kRows][N];
+#pragma GCC unroll 8
+    for (int m = 0; m < kRows; ++m) {
+#pragma GCC unroll 4
+        for (int n = 0; n < N; ++n) sum[m][n] = Vector{};
+    }
+    for (std::int64_t d = 0; d < depth; ++d) {
+        Vector right[N];
+#pragma GCC unroll 4
+        for (int n = 0; n < N; ++n) right[n] = load(b + d * b_step + n * kLanes);
+#pragma GCC unroll 8
+        for (int m = 0; m < kRows; ++m) {
+            const float left = kTurned ? a[d * a_step + m] : a[m * a_step + d];
+#pragma GCC unroll 4
+            for (int n = 0; n < N; ++n) sum[m][n] += left * right[n];
+        }
+    }
+#pragma GCC unroll 8
+    for (int m = 0; m < kRows; ++m) {
+#pragma GCC unroll 4
+        for (int n = 0; n < N; ++n) {
+            float* to = c + m * c_step + n * kLanes;
+            save(kAdd ? load(to) + sum[m][n] : sum[m][n], to);
+        }
+    }
+}
+
+template <int N, bool kTurned, bool kAdd>
+static void product_panel(const float* a, std::int64_t a_step, const float* b, std::int64_t b_step,
+                          float* c, std::int64_t c_step, std::int64_t rows, std::int64_t depth) {
+    for (std::int64_t m = 0; m < rows; m += kRows) {
+        product_tile<N, kTurned, kAdd>(a + (kTurned ? m : m * a_step), a_step, b, b_step,
+                                       c + m * c_step, c_step, depth);
+    }
+}
+
+template <bool kTurned, bool kAdd>
+static void product_piece(const float* a, std::int64_t a_step, const float* b, std::int64_t b_step,
+                          float* c, std::int64_t c_step, std::int64_t rows, std::int64_t columns,
+                          std::int64_t depth) {
+    std::int64_t left = columns / kLanes;
+    while (left > 0) {
+        // Four vectors are two and two: one alone would wait for its own sums.
+        const std::int64_t n = left == 4 || left == 2 ? 2 : (left < kColumns ? left : kColumns);
+        const auto panel = n == 3   ? product_panel<3, kTurned, kAdd>
+                           : n == 2 ? product_panel<2, kTurned, kAdd>
+                                    : product_panel<1, kTurned, kAdd>;
+        panel(a, a_step, b, b_step, c, c_step, rows, depth);
+        left -= n;
+        b += n * kLanes;
+        c += n * kLanes;
+    }
+}
+
+// c (rows, columns) = or += a b, with rows a multiple of kRows and columns one of kPad. Panels of b
+// stay in the first cache while a passes by.
+template <bool kTurned>
+static void product(const float* a, std::int64_t a_step, const float* b, std::int64_t b_step,
+                    float* c, std::int64_t c_step, std::int64_t rows, std::int64_t columns,
+                    std::int64_t depth, bool add) {
+    for (std::int64_t d = 0; d < depth; d += kDepth) {
+        const std::int64_t piece = depth - d < kDepth ? depth - d : kDepth;
+        const auto run =
+            add || d > 0 ? product_piece<kTurned, true> : product_piece<kTurned, false>;
+        run(a + (kTurned ? d * a_step : d), a_step, b + d * b_step, b_step, c, c_step, rows,
+            columns, piece);
+    }
+}
+
+}  // namespace rewardprop::cpu::REWARDPROP_ISA
