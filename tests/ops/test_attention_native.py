@@ -91,22 +91,11 @@ def test_any_number_of_threads_gives_the_same_bits(
 
 def given(**change: Any) -> dict[str, Any]:
     """Arguments of the binding for B, H, Lq, Lk, D = 1, 2, 3, 4, 8, with ``change`` made."""
-    queries, keys = torch.zeros(1, 3, 2, 8), torch.zeros(1, 4, 2, 8)
-    lent = {
-        name: (tensor.data_ptr(), (tensor.stride(0), 8, 16))
-        for name, tensor in (
-            ("q", queries),
-            ("k", keys),
-            ("v", keys),
-            ("out", queries.clone()),
-            ("grad", queries),
-            ("dq", queries.clone()),
-            ("dk", keys.clone()),
-            ("dv", keys.clone()),
-        )
-    }
+    tensors = {name: torch.zeros(1, 3, 2, 8) for name in ("q", "out", "grad", "dq")}
+    tensors |= {name: torch.zeros(1, 4, 2, 8) for name in ("k", "v", "dk", "dv")}
     lse = torch.zeros(6)
-    kept.extend([queries, keys, lse])
+    kept.extend([*tensors.values(), lse])
+    lent = {name: (one.data_ptr(), (one.stride(0), 8, 16)) for name, one in tensors.items()}
     return {
         "sizes": (1, 2, 3, 4, 8),
         "dtype": "float32",

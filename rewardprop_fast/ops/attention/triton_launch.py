@@ -321,7 +321,7 @@ def _forward_tiles(q: Tensor) -> Tiles:
     if width <= 96:
         return Tiles(128, 64, 8, 2)
     if width <= 160:
-        return Tiles(128, 32, 8, 2)
+        return Tiles(64, 32, 4, 2)
     if width <= 256:
         return Tiles(64, 64, 8, 1)
     return Tiles(32, 32, 8, 1)
@@ -331,7 +331,7 @@ def _grad_keys_tiles(q: Tensor) -> Tiles:
     width = q.shape[3]
     if q.dtype == torch.float32:
         return Tiles(32, 32, 4, 1) if width <= 80 else Tiles(16, 16, 4, 1)
-    if width <= 64:
+    if width < 64:
         return Tiles(64, 64, 4, 2)
     if width <= 96:
         return Tiles(32, 64, 4, 2)
