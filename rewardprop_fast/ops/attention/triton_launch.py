@@ -331,8 +331,10 @@ def _grad_keys_tiles(q: Tensor) -> Tiles:
     width = q.shape[3]
     if q.dtype == torch.float32:
         return Tiles(32, 32, 4, 1) if width <= 80 else Tiles(16, 16, 4, 1)
-    if width < 64:
+    if width <= 48:
         return Tiles(64, 64, 4, 2)
+    if width <= 64:
+        return Tiles(16, 64, 4, 2)
     if width <= 96:
         return Tiles(32, 64, 4, 2)
     if width <= 160:
