@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Any
 from rewardprop_fast.version import __version__
 
 if TYPE_CHECKING:
-    from rewardprop_fast import lora, methods, models, ops, presets, rewards, rollout
+    from rewardprop_fast import lora, methods, models, nn, ops, presets, rewards, rollout
     from rewardprop_fast.methods import AlignProp, DRaFT, DRaFTLV
+    from rewardprop_fast.nn import accelerate, restore
     from rewardprop_fast.training.config import (
         LoRAConfig,
         OptimizerConfig,
@@ -40,8 +41,10 @@ _HOMES = {
     "SamplingConfig": _CONFIG,
     "TrainConfig": _CONFIG,
     "RewardPropTrainer": "rewardprop_fast.training.trainer",
+    "accelerate": "rewardprop_fast.nn",
+    "restore": "rewardprop_fast.nn",
 }
-_ROOMS = ("lora", "methods", "models", "ops", "presets", "rewards", "rollout")
+_ROOMS = ("lora", "methods", "models", "nn", "ops", "presets", "rewards", "rollout")
 
 __all__ = [
     "AlignProp",
@@ -55,11 +58,14 @@ __all__ = [
     "SamplingConfig",
     "TrainConfig",
     "__version__",
+    "accelerate",
     "lora",
     "methods",
     "models",
+    "nn",
     "ops",
     "presets",
+    "restore",
     "rewards",
     "rollout",
 ]

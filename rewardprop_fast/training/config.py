@@ -222,6 +222,9 @@ class TrainConfig(Settings):
         allowed="auto, cpu, cuda or cuda:N",
         help="auto, cpu, cuda or cuda:N; auto takes a GPU if there is one.",
     )
+    accelerate: bool = setting(
+        True, help="Run the UNet and the VAE on this library's operators; false: on diffusers' own."
+    )
     target_reward: float | None = setting(None, help="Stop once the mean reward gets here.")
 
     RULES: ClassVar[tuple[Rule, ...]] = (

@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from rewardprop_fast import lora, randomness
+from rewardprop_fast import lora, nn, randomness
 from rewardprop_fast.errors import CheckpointError, ConfigError, NonFiniteError
 from rewardprop_fast.models import check_pipeline
 from rewardprop_fast.randomness import Draws, Stream
@@ -50,7 +50,8 @@ class RewardPropTrainer:
     """Fine-tunes a diffusion pipeline's LoRA by back-propagating a reward through its sampler.
 
     The pipeline is changed in place: moved to the device and dtype of the config, frozen, in eval
-    mode, and given a LoRA adapter.
+    mode, given a LoRA adapter, and put on this library's operators (`accelerate`; `restore` undoes
+    it).
 
     Args:
         pipe: a diffusers StableDiffusionPipeline or StableDiffusionXLPipeline.
@@ -108,6 +109,11 @@ class RewardPropTrainer:
             config.lora.target_modules,
             seed=randomness.seed_of(config.seed, Stream.INITIALISATION),
         )
+        # Last, since it changes classes of what is there; a pipeline may come accelerated already.
+        if config.accelerate:
+            nn.accelerate(pipe)
+        else:
+            nn.restore(pipe)
         self.optimizer = LoRAOptimizer(
             lora.lora_parameters(pipe.unet), config.optimizer, config.steps
         )

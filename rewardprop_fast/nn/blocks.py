@@ -1,0 +1,157 @@
+"""diffusers' blocks on the operators: what spans several layers.
+
+Each is the original's forward with its operations fused; what it does not cover runs as the
+original. Sources: diffusers' modules of the same names.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from diffusers.models.activations import GEGLU
+from diffusers.models.attention_processor import Attention, AttnProcessor2_0
+from diffusers.models.resnet import ResnetBlock2D
+from diffusers.models.transformers.transformer_2d import Transformer2DModel
+from torch import Tensor, nn
+
+from rewardprop_fast import ops
+from rewardprop_fast.nn.layers import group_norm
+from rewardprop_fast.nn.legality import has_hooks, is_plain
+from rewardprop_fast.nn.lora import linears
+
+#: The widest head that `ops.attention` takes.
+_MOST_HEAD_WIDTH = 512
+
+
+class FastResnetBlock2D(ResnetBlock2D):
+    """Both normalisations with their SiLU in one pass each."""
+
+    @staticmethod
+    def why_not(block: ResnetBlock2D) -> str | None:
+        if block.time_embedding_norm == "scale_shift":
+            return "its time embedding scales"
+        if type(block.nonlinearity) is not nn.SiLU:
+            return f"its activation is {type(block.nonlinearity).__name__}, not SiLU"
+        return None
+
+    def forward(self, input_tensor: Tensor, temb: Any, *args: Any, **kwargs: Any) -> Tensor:
+        norm1, norm2 = self.norm1, self.norm2
+        resize = self.upsample if self.upsample is not None else self.downsample
+        if (
+            args
+            or kwargs
+            # diffusers leaves channels_last memory there, for a limit of PyTorch's.
+            or (resize is not None and input_tensor.shape[0] >= 64)
+            or has_hooks(norm1, norm2, self.nonlinearity)
+            or not is_plain(input_tensor, norm1.weight, norm1.bias, norm2.weight, norm2.bias)
+        ):
+            return super().forward(input_tensor, temb, *args, **kwargs)
+        hidden = group_norm(norm1, input_tensor, silu=True)
+        if resize is not None:
+            input_tensor, hidden = resize(input_tensor), resize(hidden)
+        hidden = self.conv1(hidden)
+        if self.time_emb_proj is not None:
+            temb = temb if self.skip_time_act else self.nonlinearity(temb)
+            temb = self.time_emb_proj(temb)[:, :, None, None]
+        if temb is not None and self.time_embedding_norm == "default":
+            hidden = hidden + temb
+        hidden = group_norm(norm2, hidden, silu=True)
+        hidden = self.conv2(self.dropout(hidden))
+        if self.conv_shortcut is not None:
+            input_tensor = self.conv_shortcut(input_tensor)
+        output = input_tensor + hidden
+        return output if self.output_scale_factor == 1 else output / self.output_scale_factor
+
+
+class FastTransformer2DModel(Transformer2DModel):
+    """Tokens become an image again without a copy where the image is in channels_last memory."""
+
+    @staticmethod
+    def why_not(model: Transformer2DModel) -> str | None:
+        return None if model.is_input_continuous else "its input is no image"
+
+    def _get_output_for_continuous_inputs(
+        self,
+        hidden_states: Tensor,
+        residual: Tensor,
+        batch_size: int,
+        height: int,
+        width: int,
+        inner_dim: int,
+    ) -> Tensor:
+        if self.use_linear_projection:
+            hidden_states = self.proj_out(hidden_states)
+        image = hidden_states.reshape(batch_size, height, width, inner_dim).permute(0, 3, 1, 2)
+        if not residual.is_contiguous(memory_format=torch.channels_last):
+            image = image.contiguous()
+        if not self.use_linear_projection:
+            image = self.proj_out(image)
+        return image + residual
+
+
+class FastAttention(Attention):
+    """q, k and v from one pass over their input, and attention that keeps no scores.
+
+    Only in place of diffusers' default processor: whichever other is set, now or later, is called.
+    """
+
+    @staticmethod
+    def why_not(attention: Attention) -> str | None:
+        if type(attention.processor) is not AttnProcessor2_0:
+            return f"its processor is {type(attention.processor).__name__}"
+        for name in ("spatial_norm", "norm_q", "norm_k", "norm_cross", "added_kv_proj_dim"):
+            if getattr(attention, name) is not None:
+                return f"it has a {name}"
+        if attention.inner_dim != attention.inner_kv_dim:
+            return "its keys are narrower than its queries"
+        if attention.inner_dim // attention.heads > _MOST_HEAD_WIDTH:
+            return f"its heads are wider than {_MOST_HEAD_WIDTH}"
+        return None
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        **cross_attention_kwargs: Any,
+    ) -> Tensor:
+        if (
+            type(self.processor) is not AttnProcessor2_0
+            or attention_mask is not None
+            or cross_attention_kwargs
+            or not is_plain(hidden_states)
+        ):
+            return super().forward(
+                hidden_states, encoder_hidden_states, attention_mask, **cross_attention_kwargs
+            )
+        residual = hidden_states
+        if hidden_states.dim() == 4:
+            hidden_states = hidden_states.flatten(2).transpose(1, 2)
+        if self.group_norm is not None:
+            hidden_states = self.group_norm(hidden_states.transpose(1, 2)).transpose(1, 2)
+        if encoder_hidden_states is None:
+            query, key, value = linears((self.to_q, self.to_k, self.to_v), hidden_states)
+        else:
+            query = self.to_q(hidden_states)
+            key, value = linears((self.to_k, self.to_v), encoder_hidden_states)
+        heads = (
+            tensor.unflatten(-1, (self.heads, -1)).transpose(1, 2) for tensor in (query, key, value)
+        )
+        output = ops.attention(*heads).transpose(1, 2).flatten(2)
+        output = self.to_out[1](self.to_out[0](output))
+        if residual.dim() == 4:
+            output = output.transpose(1, 2).reshape(residual.shape)
+        if self.residual_connection:
+            output = output + residual
+        factor = self.rescale_output_factor
+        return output if factor == 1 else output / factor
+
+
+class FastGEGLU(GEGLU):
+    """The gate's activation and the product in one pass that keeps the packed input alone."""
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if args or kwargs or not is_plain(hidden_states):
+            return super().forward(hidden_states, *args, **kwargs)
+        return ops.geglu(self.proj(hidden_states))
