@@ -119,7 +119,8 @@ class FastAttention(Attention):
         if (
             type(self.processor) is not AttnProcessor2_0
             or attention_mask is not None
-            or cross_attention_kwargs
+            # temb is for a spatial_norm, which there is none of here; a VAE passes it all the same.
+            or cross_attention_kwargs.keys() - {"temb"}
             or not is_plain(hidden_states)
         ):
             return super().forward(

@@ -17,6 +17,9 @@ from rewardprop_fast.ops import registry, triton_runtime
 
 _library = torch.library.Library("rewardprop_fast", "FRAGMENT")
 
+_VIEW_TRACKING = torch._C.DispatchKeySet(torch._C.DispatchKey.ADInplaceOrView)
+_BELOW_VIEW_TRACKING = torch._C._after_autograd_keyset - _VIEW_TRACKING
+
 
 def define(schema: str, kernel: Callable[..., Any], fake: Callable[..., Any]) -> Any:
     """Register ``rewardprop_fast::<schema>`` and return what calls it.
@@ -103,5 +106,10 @@ class _Arguments:
 
 
 def _below_autograd(operator: Any, keyset: Any, args: tuple[Any, ...]) -> Any:
-    with torch._C._AutoDispatchBelowAutograd():
-        return operator.redispatch(keyset & torch._C._after_autograd_keyset, *args)
+    """Run the kernel, whose operations autograd does not see.
+
+    Nor does its tracking of views: an output that is a reshaped intermediate result is a tensor of
+    its own to the caller, who may write into it (peft does, where a batch mixes adapters).
+    """
+    with torch._C._AutoDispatchBelowAutograd(), torch._C._ExcludeDispatchKeyGuard(_VIEW_TRACKING):
+        return operator.redispatch(keyset & _BELOW_VIEW_TRACKING, *args)

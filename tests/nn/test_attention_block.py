@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import rewardprop_fast as rpf
 from rewardprop_fast import ops
 from rewardprop_fast.nn import blocks
-from tests.nn.conftest import outputs, with_gradients
+from tests.nn.conftest import outputs
 from tests.ops import oracle
 
 
@@ -93,12 +93,12 @@ def test_a_processor_set_later_is_the_one_that_runs(
     pipe.unet.set_attn_processor(Own())
     outputs(pipe)
     assert len(calls) == len(pipe.unet.attn_processors)
+    unet_calls = len(calls)
     attended.clear()
-    pipe.unet.set_default_attn_processor() if False else pipe.unet.set_attn_processor(
-        AttnProcessor2_0()
-    )
+    pipe.unet.set_attn_processor(AttnProcessor2_0())
     outputs(pipe)
-    assert len(attended) >= len(calls)
+    assert len(calls) == unet_calls
+    assert len(attended) == unet_calls + len(pipe.vae.attn_processors) // 2
 
 
 def test_another_processor_is_left_and_reported(pipeline: Any) -> None:
@@ -159,13 +159,3 @@ def test_a_transformer_block_with_a_lora_compiles_into_one_graph(pipeline: Any) 
     block = pipeline().unet.mid_block.attentions[0].transformer_blocks[0]
     tokens = torch.randn(2, 16, 16).requires_grad_()
     fullgraph(block, tokens, encoder_hidden_states=torch.randn(2, 7, 16))
-
-
-def test_a_whole_unet_compiles(pipeline: Any) -> None:
-    pipe = pipeline()
-    plain = with_gradients(pipe)
-    rpf.accelerate(pipe)
-    torch.compiler.reset()
-    pipe.unet.compile(backend="aot_eager")
-    for found, expected in zip(with_gradients(pipe), plain, strict=True):
-        torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)

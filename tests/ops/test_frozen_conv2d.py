@@ -359,6 +359,17 @@ def test_gives_a_gradient_only_where_one_is_asked_for() -> None:
         assert not frozen_conv2d(x.requires_grad_(), weight, bias).requires_grad
 
 
+@pytest.mark.parametrize("kernel", [1, 3])
+def test_the_result_may_be_written_into(kernel: int) -> None:
+    """As that of conv2d; inside, a 1x1 convolution's result is a view of a matrix product's."""
+    x, weight, _ = inputs((2, 32, 5, 7), (32, 32, kernel, kernel))
+    y = frozen_conv2d(x.requires_grad_(), weight)
+    expected = torch.autograd.grad(F.conv2d(x, weight).mul(3).sum(), x)[0]
+    y.mul_(3).sum().backward()
+    assert x.grad is not None
+    torch.testing.assert_close(x.grad, expected)
+
+
 def test_a_second_derivative_is_refused() -> None:
     x, weight, _ = inputs()
     loss = frozen_conv2d(x.requires_grad_(), weight).square().sum()

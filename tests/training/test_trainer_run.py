@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+import rewardprop_fast as rpf
 from rewardprop_fast.errors import ConfigError, ModelError, NonFiniteError, RewardError
 from rewardprop_fast.methods import AlignProp, DRaFT, DRaFTLV
 from rewardprop_fast.training import checkpoint
@@ -358,3 +359,14 @@ def test_pipelines_are_refused_before_training(make_trainer, pipeline):
     make_trainer(trained)
     with pytest.raises(ConfigError, match="already has the adapter"):
         make_trainer(trained)
+
+
+def test_runs_on_the_operators_unless_told_otherwise(make_trainer, pipeline):
+    pipe = pipeline()
+    before = [type(module) for module in pipe.vae.modules()]
+    make_trainer(pipe)
+    assert [type(module) for module in pipe.vae.modules()] != before
+    plain = pipeline()
+    rpf.accelerate(plain)
+    make_trainer(plain, accelerate=False)
+    assert [type(module) for module in plain.vae.modules()] == before
