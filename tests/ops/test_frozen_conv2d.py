@@ -247,6 +247,18 @@ def test_a_changed_weight_is_packed_anew(change: Any) -> None:
 
 
 @needs_onednn
+@torch.no_grad()
+def test_new_memory_is_noticed_even_where_the_sampled_values_are_the_same() -> None:
+    x, weight, _ = inputs()
+    parameter = nn.Parameter(weight, requires_grad=False)
+    frozen_conv2d(x, parameter)
+    changed = parameter.data.clone()
+    changed.as_strided((changed.numel(),), (1,))[-1] = 100.0  # between two samples
+    parameter.data = changed
+    torch.testing.assert_close(frozen_conv2d(x, parameter), F.conv2d(x, parameter))
+
+
+@needs_onednn
 def test_a_weight_changed_between_forward_and_backward_is_an_error() -> None:
     x, weight, _ = inputs()
     y = frozen_conv2d(x.requires_grad_(), weight)
