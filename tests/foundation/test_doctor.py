@@ -8,6 +8,8 @@ import pytest
 import torch
 
 from rewardprop_fast import doctor
+from rewardprop_fast.doctor import choices
+from rewardprop_fast.errors import ConfigError
 from rewardprop_fast.ops import cuda_module, native
 
 
@@ -92,3 +94,28 @@ def test_bfloat16_rests_on_the_processors_flags(
     monkeypatch.setattr(doctor.Path, "read_text", lambda *_, **__: text)
     assert doctor._cpu()["bf16"] == expected
     assert doctor._cpu()["name"] == "A CPU"
+
+
+def test_says_which_backend_every_call_of_a_model_gets() -> None:
+    """Here and on a card that is not there."""
+    here = choices.of_model("bundled", "cpu", torch.float32)
+    assert {row.operator for row in here} >= {
+        "attention",
+        "frozen_conv2d",
+        "geglu",
+        "group_norm_silu",
+    }
+    fast = "reference" if native.why_missing() else "native"
+    assert {row.backend for row in here if row.operator == "group_norm_silu"} == {fast}
+    card = choices.of_model("bundled", "sm_89", torch.bfloat16)
+    assert sum(row.calls for row in card) == sum(row.calls for row in here)
+    assert {row.backend for row in card if row.operator == "geglu"} == {"triton"}
+    text = choices.render(card)
+    assert "geglu\n" in text
+    assert " x triton" in text
+    assert "bfloat16" in text
+
+
+def test_an_unknown_device_is_refused() -> None:
+    with pytest.raises(ConfigError, match="'sm_70'; allowed are 'cpu', 'cuda', 'sm_80'"):
+        choices.of_model("bundled", "sm_70")

@@ -1,0 +1,131 @@
+"""Which backend each call of a model's operators would get on a device, and why.
+
+The model runs on fake tensors: no weights are needed, nothing is computed, and the device need not
+be there.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch._subclasses import FakeTensorMode
+from torch.utils._pytree import tree_leaves
+
+from rewardprop_fast.errors import ConfigError
+from rewardprop_fast.memory import make_fake
+from rewardprop_fast.models import BUNDLED, architectures
+from rewardprop_fast.models.skeleton import load_skeleton
+from rewardprop_fast.nn import accelerate
+from rewardprop_fast.ops import registry, triton_runtime
+
+#: A card of 24 GB, where no other is named and none is there.
+_CAPABILITY = {"sm_80": (8, 0), "sm_86": (8, 6), "sm_89": (8, 9), "sm_90": (9, 0)}
+
+
+@dataclass(frozen=True)
+class Row:
+    """Calls of one operator that get one backend for one reason."""
+
+    operator: str
+    calls: int
+    backend: str
+    reason: str
+    example: str  # the shapes of one of them
+
+
+def of_model(
+    model: str = "bundled", device: str = "cpu", dtype: torch.dtype = torch.bfloat16
+) -> list[Row]:
+    """The operators of one guided UNet call and one decoding, by backend.
+
+    Args:
+        model: "bundled", "sd15", "sdxl", or a pipeline's folder or hub name (its UNet alone).
+        device: "cpu", "cuda" (the card that is there, else one like an RTX 3090), or a compute
+            capability: "sm_80", "sm_86", "sm_89", "sm_90".
+
+    Raises:
+        ConfigError: the device has another name.
+        ModelError: the model cannot be found.
+    """
+    kind, capability = _device(device)
+    unet, decoder = _networks(model, dtype)
+    size = int(unet.config.sample_size)
+    mode = FakeTensorMode()
+    with (
+        registry.observing() as seen,
+        triton_runtime.recording(capability),
+        torch.no_grad(),
+    ):
+        for network in (unet, decoder):
+            if network is None:
+                continue
+            accelerate(network)
+            make_fake(network, mode, kind)
+            with mode, torch.device(kind):
+                if network is unet:
+                    network(**architectures.unet_inputs(network, 2, size, dtype))
+                else:
+                    channels = network.config.latent_channels
+                    network.decode(torch.randn(1, channels, size, size, dtype=dtype))
+    return _rows(seen)
+
+
+def render(rows: list[Row]) -> str:
+    """The rows as lines of text, an operator's most frequent calls first."""
+    lines = []
+    width = max((len(row.backend) for row in rows), default=0)
+    for operator in dict.fromkeys(row.operator for row in rows):
+        lines.append(operator)
+        for row in (row for row in rows if row.operator == operator):
+            lines.append(f"  {row.calls:>4} x {row.backend:<{width}}  {row.example}")
+            lines.append(f"         {row.reason}")
+    return "\n".join(lines)
+
+
+def _networks(model: str, dtype: torch.dtype) -> tuple[Any, Any]:
+    """The UNet, and the autoencoder or None, on the device "meta"."""
+    if model in architectures.UNETS:
+        with torch.device("meta"):
+            return architectures.unet(model, dtype), architectures.autoencoder(dtype)
+    found = load_skeleton(BUNDLED if model == "bundled" else model)
+    return found.unet.requires_grad_(False).eval().to(dtype), None
+
+
+def _device(name: str) -> tuple[str, tuple[int, int]]:
+    if name in _CAPABILITY:
+        return "cuda", _CAPABILITY[name]
+    if name not in ("cpu", "cuda"):
+        allowed = ", ".join(map(repr, ("cpu", "cuda", *_CAPABILITY)))
+        raise ConfigError(f"The device is {name!r}; allowed are {allowed}.")
+    if name == "cuda" and torch.cuda.is_available():
+        return name, torch.cuda.get_device_capability()
+    return name, triton_runtime.DEFAULT_CAPABILITY
+
+
+def _rows(seen: list[registry.Observation]) -> list[Row]:
+    calls: Counter[tuple[str, str, str]] = Counter()
+    examples: dict[tuple[str, str, str], str] = {}
+    for one in seen:
+        reason = one.choice.explain().partition(" ")[2].strip("()")
+        key = (one.operator, one.choice.implementation.backend, reason)
+        calls[key] += 1
+        examples.setdefault(key, _shapes(one.arguments))
+    order = {name: index for index, name in enumerate(dict.fromkeys(key[0] for key in calls))}
+    return [
+        Row(operator, count, backend, reason, examples[operator, backend, reason])
+        for (operator, backend, reason), count in sorted(
+            calls.items(), key=lambda item: (order[item[0][0]], -item[1])
+        )
+    ]
+
+
+def _shapes(arguments: tuple[Any, ...]) -> str:
+    """The tensors among the arguments, "2x4x64x64 bfloat16"; those inside lists too."""
+    flat = [leaf for leaf in tree_leaves(arguments) if isinstance(leaf, torch.Tensor)]
+    if not flat:
+        return ""
+    shapes = ", ".join("x".join(map(str, tensor.shape)) or "scalar" for tensor in flat)
+    return f"{shapes} {str(flat[0].dtype).removeprefix('torch.')}"
