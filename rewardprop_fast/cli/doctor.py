@@ -12,7 +12,7 @@ from rewardprop_fast.cli.parsing import add_verb
 _EXAMPLES = """
 examples:
   rewardprop doctor
-  rewardprop doctor --model sdxl --device sm_86    # which kernels on an RTX 3090
+  rewardprop doctor --model sdxl --device sm_86   # kernels on an RTX 3090
 """
 
 

@@ -7,6 +7,7 @@ be there.
 from __future__ import annotations
 
 from collections import Counter
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -56,15 +57,17 @@ def of_model(
     mode = FakeTensorMode()
     with (
         registry.observing() as seen,
-        triton_runtime.recording(capability),
+        triton_runtime.recording(capability) if kind == "meta" else nullcontext(),
         torch.no_grad(),
     ):
         for network in (unet, decoder):
             if network is None:
                 continue
             accelerate(network)
-            make_fake(network, mode, kind)
-            with mode, torch.device(kind):
+            if kind == "cpu":
+                make_fake(network, mode)
+            # "meta" stands for a GPU: fake tensors of "cuda" need a torch that is built for it.
+            with mode if kind == "cpu" else torch.device("meta"):
                 if network is unet:
                     network(**architectures.unet_inputs(network, 2, size, dtype))
                 else:
@@ -86,23 +89,25 @@ def render(rows: list[Row]) -> str:
 
 
 def _networks(model: str, dtype: torch.dtype) -> tuple[Any, Any]:
-    """The UNet, and the autoencoder or None, on the device "meta"."""
+    """The UNet, and the autoencoder or None, on the device "meta", in ``dtype``."""
     if model in architectures.UNETS:
         with torch.device("meta"):
             return architectures.unet(model, dtype), architectures.autoencoder(dtype)
-    found = load_skeleton(BUNDLED if model == "bundled" else model)
-    return found.unet.requires_grad_(False).eval().to(dtype), None
+    unet = load_skeleton(BUNDLED if model == "bundled" else model).unet.requires_grad_(False).eval()
+    for parameter in unet.parameters():
+        parameter.data = parameter.data.to(dtype)
+    return unet, None
 
 
 def _device(name: str) -> tuple[str, tuple[int, int]]:
     if name in _CAPABILITY:
-        return "cuda", _CAPABILITY[name]
+        return "meta", _CAPABILITY[name]
     if name not in ("cpu", "cuda"):
         allowed = ", ".join(map(repr, ("cpu", "cuda", *_CAPABILITY)))
         raise ConfigError(f"The device is {name!r}; allowed are {allowed}.")
-    if name == "cuda" and torch.cuda.is_available():
-        return name, torch.cuda.get_device_capability()
-    return name, triton_runtime.DEFAULT_CAPABILITY
+    if name == "cpu" or not torch.cuda.is_available():
+        return "cpu" if name == "cpu" else "meta", triton_runtime.DEFAULT_CAPABILITY
+    return "meta", torch.cuda.get_device_capability()
 
 
 def _rows(seen: list[registry.Observation]) -> list[Row]:
@@ -110,6 +115,7 @@ def _rows(seen: list[registry.Observation]) -> list[Row]:
     examples: dict[tuple[str, str, str], str] = {}
     for one in seen:
         reason = one.choice.explain().partition(" ")[2].strip("()")
+        reason = reason.replace("are on meta", "are on a GPU")
         key = (one.operator, one.choice.implementation.backend, reason)
         calls[key] += 1
         examples.setdefault(key, _shapes(one.arguments))

@@ -8,7 +8,8 @@ from torch import Tensor, nn
 
 def is_plain(x: Tensor, *parameters: Tensor | None) -> bool:
     """Whether an operator computes what the original would: no autocast, no mixed dtypes."""
-    return not torch.is_autocast_enabled(x.device.type) and all(
+    kind = x.device.type  # autocast does not know the device "meta"
+    return not (kind != "meta" and torch.is_autocast_enabled(kind)) and all(
         parameter is None or parameter.dtype == x.dtype for parameter in parameters
     )
 

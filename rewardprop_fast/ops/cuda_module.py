@@ -33,7 +33,7 @@ def why_not(*tensors: Tensor | None) -> str | None:
     """None where CUDA C++ kernels can run on these tensors' device, otherwise the reason."""
     given = [tensor for tensor in tensors if tensor is not None]
     for tensor in given:
-        if tensor.device.type != "cuda":
+        if not triton_runtime.is_gpu(tensor):
             return f"it runs on CUDA devices, the tensors are on {tensor.device}"
     if torch.version.hip is not None:
         return "it is built for NVIDIA GPUs, this torch is built for AMD's"

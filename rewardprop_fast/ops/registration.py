@@ -33,7 +33,8 @@ def define(schema: str, kernel: Callable[..., Any], fake: Callable[..., Any]) ->
     name = schema.partition("(")[0]
     _library.define(schema)
     _library.impl(name, kernel, "CompositeExplicitAutograd")
-    fake_kernel = triton_runtime.recorded(kernel, registry.observed(kernel, fake))
+    recorded = triton_runtime.recorded(kernel, fake)
+    fake_kernel = registry.observed(kernel, fake, otherwise=recorded)
     torch.library.register_fake(f"rewardprop_fast::{name}", fake_kernel, lib=_library)
     return getattr(torch.ops.rewardprop_fast, name).default
 

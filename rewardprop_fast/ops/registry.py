@@ -151,13 +151,16 @@ def observing() -> Iterator[list[Observation]]:
         _observations.reset(token)
 
 
-def observed(kernel: Callable[..., Any], fake: Callable[..., Any]) -> Callable[..., Any]:
-    """``fake``, which under `observing` first asks ``kernel`` what it would choose."""
+def observed(
+    kernel: Callable[..., Any], fake: Callable[..., Any], otherwise: Callable[..., Any]
+) -> Callable[..., Any]:
+    """Under `observing`: ask ``kernel`` what it would choose, then ``fake``. Else ``otherwise``."""
 
     def run(*args: Any) -> Any:
-        if _observations.get() is not None:
-            with suppress(Observed):
-                kernel(*args)
+        if _observations.get() is None:
+            return otherwise(*args)
+        with suppress(Observed):
+            kernel(*args)
         return fake(*args)
 
     return run

@@ -134,6 +134,12 @@ def recording(capability: tuple[int, int] = DEFAULT_CAPABILITY) -> Iterator[Reco
         _recording.reset(token)
 
 
+def is_gpu(tensor: Tensor) -> bool:
+    """Whether it is on a GPU, or under `recording` stands for one that is."""
+    kind = tensor.device.type
+    return kind == "cuda" or (kind == "meta" and _recording.get() is not None)
+
+
 def recorded(kernel: Callable[..., Any], fake: Callable[..., Any]) -> Callable[..., Any]:
     """``fake``, which under `recording` is ``kernel`` itself: it launches, and that is noted."""
 

@@ -10,7 +10,7 @@ from torch._subclasses import FakeTensorMode
 
 from rewardprop_fast import ops
 from rewardprop_fast.errors import ConfigError
-from rewardprop_fast.ops import native, registry
+from rewardprop_fast.ops import native, registry, triton_runtime
 from rewardprop_fast.ops.guided_ddim_step import GUIDED_DDIM_STEP, op
 
 ARGUMENTS = GUIDED_DDIM_STEP.example("cpu", torch.float32)
@@ -154,12 +154,15 @@ def test_an_unknown_name_is_refused_at_once(monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_observing_tells_what_a_call_on_fake_tensors_would_choose() -> None:
     """Also for a GPU that is not there, and nothing is computed."""
-    with registry.observing() as seen, FakeTensorMode():
-        for device in ("cpu", "cuda"):
-            output = ops.guided_ddim_step(*GUIDED_DDIM_STEP.example(device, torch.bfloat16))
-            assert output.shape == (1, 4, 8, 8)
+    with registry.observing() as seen:
+        with FakeTensorMode():
+            ops.guided_ddim_step(*GUIDED_DDIM_STEP.example("cpu", torch.bfloat16))
+        with triton_runtime.recording((8, 9)) as recording:
+            output = ops.guided_ddim_step(*GUIDED_DDIM_STEP.example("meta", torch.bfloat16))
+    assert output.shape == (1, 4, 8, 8)
+    assert recording.launches == []
     assert [one.operator for one in seen] == ["guided_ddim_step"] * 2
-    assert [one.arguments[0].device.type for one in seen] == ["cpu", "cuda"]
+    assert [one.arguments[0].device.type for one in seen] == ["cpu", "meta"]
     assert seen[1].choice.implementation.backend != "native"
     assert "it runs on the CPU" in seen[1].choice.explain()
 
