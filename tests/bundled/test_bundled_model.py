@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -46,6 +47,13 @@ def test_it_is_small_enough_to_ship():
     for task in ("alignment", "style"):
         for copy in scorer.COPIES:
             assert size(scorer.BUNDLED / f"{task}_{copy}") <= 3_000_000
+
+
+def test_no_file_names_a_folder_of_the_machine_it_was_made_on():
+    files = [*rpf.models.BUNDLED.rglob("*.json"), *scorer.BUNDLED.rglob("*.json")]
+    assert len(files) > 10
+    named = [file for file in files if "_name_or_path" in json.loads(file.read_text("utf-8"))]
+    assert named == []
 
 
 def test_diffusers_alone_loads_the_same_pipeline(pipe):

@@ -223,3 +223,20 @@ def test_both_rewards_pass_the_probe(quality, height, width):
 def test_impossible_qualities_are_refused(quality):
     with pytest.raises(ConfigError, match="1 to 100"):
         rewards.JPEGCompressibility(quality)
+
+
+@pytest.mark.parametrize("width", [20, 26, 50])
+def test_chroma_at_the_edge_does_not_look_at_the_padding(width):
+    """Halved chroma is enlarged with weights 3/4 and 1/4, the last column with its own value.
+
+    So of the last three columns the third follows from two: c[n-1] = 1.5 x[-2] - 0.5 x[-3].
+    """
+    generator = torch.Generator().manual_seed(1)
+    image = 0.5 + 0.1 * torch.randn(1, 3, 16, width, generator=generator, dtype=torch.float64)
+    decoded = jpeg.DifferentiableJPEG(90)(image)
+    assert decoded.min() > 0
+    assert decoded.max() < 1  # nothing was clamped
+    chroma = jpeg.rgb_to_ycbcr(decoded)[:, 1:]
+    edge = 1.5 * chroma[..., -2] - 0.5 * chroma[..., -3]
+    torch.testing.assert_close(chroma[..., -1], edge, rtol=0, atol=1e-12)
+    assert (chroma[..., -1] - chroma[..., -2]).abs().max() > 1e-3

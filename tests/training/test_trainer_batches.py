@@ -97,3 +97,38 @@ def test_lv_decodes_and_scores_once(make_trainer, reward, monkeypatch):
     assert result.rewards.shape == (6,)
     assert set(result.seconds) == {"prefix", "suffix", "decode", "reward", "backward"}
     assert not result.images.requires_grad
+
+
+def test_gradients_left_by_training_step_are_no_part_of_the_run(make_trainer):
+    outcomes = []
+    for meddle in (False, True):
+        trainer = make_trainer(trained=True, optimizer=SMOOTH)
+        if meddle:
+            trainer.training_step(["a boat"], seed=9)
+            assert any(p.grad is not None for p in trainer.parameters.values())
+        outcomes.append(trainer.update()["grad_norm"])
+    assert outcomes[0] == outcomes[1] > 0
+
+
+def test_a_sample_at_half_strength_does_not_weaken_training(make_trainer):
+    trainer = make_trainer(trained=True)
+    before = trainer.training_step(["a boat"], seed=9).images
+    trainer.sample(["a boat"], strength=0.5)
+    assert torch.equal(trainer.training_step(["a boat"], seed=9).images, before)
+
+
+def test_diversity_is_that_of_different_images(make_trainer, monkeypatch):
+    """DRaFT-LV's copies of one image are alike by construction and would hide a collapse."""
+    trainer = make_trainer(method=DRaFTLV(n=2), trained=True)
+    seen = []
+    step = trainer.engine.step
+
+    def spy(*arguments):
+        seen.append(step(*arguments))
+        return seen[-1]
+
+    monkeypatch.setattr(trainer.engine, "step", spy)
+    row = trainer.update()
+    first, second = seen[0].images[:2]  # the batch; its copies follow
+    assert len(seen[0].images) == 6
+    assert row["diversity"] == pytest.approx(float((first - second).square().mean().sqrt()))

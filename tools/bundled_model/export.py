@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -57,11 +58,20 @@ def pipeline(
     )
 
 
+def forget_origin(file: Path) -> None:
+    """Drop the folder that a part was loaded from, which says nothing on another machine."""
+    content = json.loads(file.read_text(encoding="utf-8"))
+    if content.pop("_name_or_path", None) is not None:
+        file.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
 def export_pipeline(pipe: StableDiffusionPipeline, tokenizer_folder: Path, target: Path) -> int:
     """Write `target` anew; returns its size in bytes."""
     shutil.rmtree(target, ignore_errors=True)
     pipe.to(torch.float16)
     pipe.save_pretrained(target, safe_serialization=True)
+    for file in target.rglob("*.json"):
+        forget_origin(file)
     for name in ("vocab.json", "merges.txt"):  # older transformers read these, newer tokenizer.json
         shutil.copy(tokenizer_folder / name, target / "tokenizer" / name)
     (target / "NOTICE").write_text(NOTICE)
