@@ -118,6 +118,33 @@ def test_the_two_copies_are_different_networks():
     assert not torch.equal(a["image.stem.weight"], b["image.stem.weight"])
 
 
+@pytest.mark.parametrize("copy", scorer.COPIES)
+def test_each_scorer_reads_with_the_vocabulary_it_was_trained_with(copy):
+    """The two differ in a few words, so the wrong one reads a cat as a car."""
+    shipped = scorer.BUNDLED / f"alignment_{copy}" / "tokenizer" / "vocab.json"
+    reward = rpf.rewards.build("alignment", copy=copy)
+    assert reward.tokenizer.get_vocab() == json.loads(shipped.read_text("utf-8"))
+
+
+@pytest.mark.parametrize("name", ["style", "alignment"])
+def test_rewards_compute_in_float32_whatever_autocast_says(name):
+    reward = rpf.rewards.build(name)
+    images = torch.rand(8, 3, 64, 64, generator=torch.Generator().manual_seed(3))
+    plain = reward(images, PROMPTS, [{}] * 8)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        inside = reward(images, PROMPTS, [{}] * 8)
+    assert torch.equal(plain, inside)
+    precise = rpf.rewards.build(name)
+    (precise.classifier if name == "style" else precise.scorer).double()
+    if name == "style":
+        wanted = torch.log_softmax(precise.classifier(images.double()), -1)[:, precise.index]
+    else:
+        tokens = scorer.tokenize(precise.tokenizer, PROMPTS, "cpu")
+        wanted = precise.scorer(images.double(), tokens)
+    # float32 is right to about 1e-6 here, bfloat16 to 1e-2
+    torch.testing.assert_close(plain.double(), wanted, rtol=0, atol=1e-4)
+
+
 @pytest.mark.parametrize("name", ["style", "alignment"])
 def test_reward_gradients_are_right(name):
     """Finite differences along the gradient, in float64."""
