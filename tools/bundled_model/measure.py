@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 from pictures import BACKGROUNDS, STYLES, Pictures, caption
+from PIL import Image
 
 import rewardprop_fast.models as models
 from rewardprop_fast.rewards.scorer import load_bundled, load_tokenizer, tokenize
@@ -32,6 +33,12 @@ car|bus|bicycle|airplane|rocket|house|soccer ball|balloon|umbrella|heart
 )
 
 
+def save(grid: Image.Image, file: Path) -> None:
+    """At half size: the pictures live in git, where every version of them stays."""
+    size = (grid.width // 2, grid.height // 2)
+    grid.resize(size, Image.Resampling.LANCZOS).save(file, optimize=True)
+
+
 def psnr(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     return -10 * torch.log10((a - b).square().mean((1, 2, 3)))
 
@@ -46,7 +53,7 @@ def reconstruction(pipe, data: Pictures, output: Path) -> dict[str, float]:
         decoded.append(models.decode(pipe.vae, latents))
     values = psnr(images, torch.cat(decoded))
     pairs = torch.stack([images[:8], torch.cat(decoded)[:8]]).flatten(0, 1)
-    image_grid(pairs, columns=8).save(output / "reconstruction.png")
+    save(image_grid(pairs, columns=8), output / "reconstruction.png")
     return {
         "psnr_mean_db": float(values.mean()),
         "psnr_worst_5_percent_db": float(values.quantile(0.05)),
@@ -128,21 +135,20 @@ def main() -> None:
                 copy: retrieval(sampled, set_, copy) for copy in ("reward", "heldout")
             }
             if guidance == 5.0:
-                image_grid(sampled, set_, columns=10).save(
-                    arguments.output / f"samples_{label}.png"
-                )
+                file = arguments.output / f"samples_{label}.png"
+                save(image_grid(sampled, set_, columns=10), file)
     found["sampled_r1_among_50"] = scores
     found["seconds_per_50_images"] = (time.time() - started) / len(scores)
     grid = [
         caption(name, None, colour) for name in ("fox", "rose", "car") for colour in BACKGROUNDS
     ]
-    image_grid(sample(pipe, grid, 5.0), grid, columns=7).save(arguments.output / "backgrounds.png")
+    save(image_grid(sample(pipe, grid, 5.0), grid, columns=7), arguments.output / "backgrounds.png")
     looks = [
         caption(name, style, "pale blue")
         for name in ("dog", "bee", "rocket", "bell")
         for style in STYLES
     ]
-    image_grid(sample(pipe, looks, 5.0), looks, columns=4).save(arguments.output / "styles.png")
+    save(image_grid(sample(pipe, looks, 5.0), looks, columns=4), arguments.output / "styles.png")
     (arguments.output / "measurements.json").write_text(json.dumps(found, indent=2) + "\n")
     print(json.dumps(found, indent=2))
 
