@@ -2,9 +2,10 @@
 //
 //     e^x = 2^n e^r, n a whole number, |r| <= ln(2) / 2
 //
-// e^r is a polynomial of degree 6, good to 2e-9 of its value. At most 1.5 units in the last place
-// from e^x (measured over every float); infinite above 88.72, as e^x is in single precision, and
-// zero below -87.33, where e^x is no normal number any more. A NaN stays a NaN.
+// e^r is a polynomial of degree 6, good to 2e-9 of its value. At most 1.06 units in the last place
+// from e^x where multiply_add rounds once, 1.35 where it rounds twice: both measured on all 2^32
+// floats, against double precision. Infinite above 88.72, as e^x is in single precision, and zero
+// below -87.33, where e^x is no normal number any more. A NaN stays a NaN.
 #pragma once
 
 #include <cstdint>

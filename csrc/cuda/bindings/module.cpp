@@ -10,5 +10,6 @@ PYBIND11_MODULE(REWARDPROP_MODULE, module) {
     module.def(
         "version", [] { return REWARDPROP_VERSION; }, "The package version this was built from.");
     bindings::bind_geglu(module);
+    bindings::bind_group_norm_silu(module);
     bindings::bind_guided_ddim_step(module);
 }

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rewardprop_fast.ops.group_norm_silu import layout, native, reference, triton
+from rewardprop_fast.ops.group_norm_silu import cuda, layout, native, reference, triton
 from rewardprop_fast.ops.registration import define, differentiable
 from rewardprop_fast.ops.registry import Implementation, Operator, choose
 
@@ -32,6 +32,7 @@ GROUP_NORM_SILU = Operator(
     "group_norm_silu",
     (
         Implementation("native", native.why_not, native.forward, native.backward),
+        Implementation("cuda", cuda.why_not, cuda.forward, cuda.backward),
         Implementation("triton", triton.why_not, triton.forward, triton.backward),
         Implementation("reference", lambda *_: None, reference.forward, reference.backward),
     ),
