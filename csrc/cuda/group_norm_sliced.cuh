@@ -9,6 +9,7 @@
 namespace rewardprop::cuda {
 
 constexpr int kSlicedThreads = 256;
+constexpr int kSlicedBlocks = 2;  // at least, on a multiprocessor: unasked, ptxas spills for more
 constexpr int kJoinThreads = 128;
 
 // How the threads of a block are shared out. Neighbouring threads take neighbouring packs: of one
@@ -121,7 +122,7 @@ __device__ __forceinline__ float* partial_of(float* partial, const GroupNormShap
 // By Welford's rule in each thread, and Chan's among them, of the distances from the slice's first
 // value, so that a large mean does not blur them.
 template <typename T, int N>
-__global__ void __launch_bounds__(kSlicedThreads)
+__global__ void __launch_bounds__(kSlicedThreads, kSlicedBlocks)
     group_norm_moments_kernel(const GroupNorm<T> op, const Tile tile) {
     const Walk<N> walk(op.shape, tile);
     float first[N], mean[N], squares[N];
@@ -257,7 +258,7 @@ struct Affines {
 };
 
 template <typename T, int N>
-__global__ void __launch_bounds__(kSlicedThreads)
+__global__ void __launch_bounds__(kSlicedThreads, kSlicedBlocks)
     group_norm_normalise_kernel(const GroupNorm<T> op, const Tile tile) {
     const Walk<N> walk(op.shape, tile);
     const Affines<N> affines(op, walk);
@@ -277,7 +278,7 @@ __global__ void __launch_bounds__(kSlicedThreads)
 
 // partial: each channel's sums of grad_z and of grad_z xhat over the slice.
 template <typename T, int N>
-__global__ void __launch_bounds__(kSlicedThreads)
+__global__ void __launch_bounds__(kSlicedThreads, kSlicedBlocks)
     group_norm_sums_kernel(const GroupNormBackward<T> op, const Tile tile) {
     const Walk<N> walk(op.shape, tile);
     Pair sums[N];
@@ -351,7 +352,7 @@ __global__ void __launch_bounds__(kJoinThreads)
 }
 
 template <typename T, int N>
-__global__ void __launch_bounds__(kSlicedThreads)
+__global__ void __launch_bounds__(kSlicedThreads, kSlicedBlocks)
     group_norm_input_gradient_kernel(const GroupNormBackward<T> op, const Tile tile) {
     const Walk<N> walk(op.shape, tile);
     const Affines<N> affines(op, walk);
@@ -377,7 +378,7 @@ __global__ void __launch_bounds__(kSlicedThreads)
 
 // Both forms: the sums of all images, a channel for each thread.
 template <typename T>
-__global__ void __launch_bounds__(kSlicedThreads)
+__global__ void __launch_bounds__(kSlicedThreads, kSlicedBlocks)
     group_norm_parameter_gradients_kernel(const GroupNormBackward<T> op) {
     const std::int64_t channels = op.shape.channels;
     const std::int64_t c = static_cast<std::int64_t>(blockIdx.x) * kSlicedThreads + threadIdx.x;
