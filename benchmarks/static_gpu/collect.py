@@ -20,7 +20,7 @@ from benchmarks.static_gpu import launches, sources, traffic, workers
 from benchmarks.static_gpu.compiling import CACHE, Resources, resources
 from benchmarks.static_gpu.devices import DEVICES, RTX_3090, Device
 from benchmarks.static_gpu.launches import CaseLaunches, PlainLaunch
-from benchmarks.static_gpu.model import Modelled, model
+from benchmarks.static_gpu.model import Cache, Modelled, model
 from benchmarks.static_gpu.signature import Configuration
 from benchmarks.static_gpu.traffic import Stream, Traffic
 
@@ -136,12 +136,17 @@ def _row(
     counted: dict[Any, Traffic],
 ) -> Row:
     device = next(device for device in DEVICES if device.arch == one.arch)
+    cache = Cache(device)
     modelled = []
     products = on_tensor_cores = 0.0
     for launch in one.launches:
         traffic_ = counted[launch.key]
         needs = compiled[launch.configuration.key, one.arch]
-        modelled.append(model(traffic_, needs, launch.configuration.num_warps, device))
+        cached = {name for name in traffic_.streams if launch.memory[name] in cache.held}
+        warps = launch.configuration.num_warps
+        modelled.append(model(traffic_, needs, warps, device, cached))
+        for name, stream in traffic_.streams.items():
+            cache.use(launch.memory[name], stream.nbytes)
         products += traffic_.flops * traffic_.programs
         if traffic_.operand != "float32":
             on_tensor_cores += traffic_.flops * traffic_.programs

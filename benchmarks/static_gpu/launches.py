@@ -41,6 +41,7 @@ class PlainLaunch:
     grid: tuple[int, int, int]
     arguments: dict[str, Any]  # TensorArgument, numbers, None
     constexprs: dict[str, Any]
+    memory: dict[str, int]  # tensor -> a number of its memory that holds in all launches of a pass
 
     @property
     def programs(self) -> int:
@@ -112,7 +113,13 @@ def plain(launch: Launch, arch: int) -> PlainLaunch:
         return TensorArgument(dtype, nbytes, value.storage_offset() * size, storage)
 
     arguments = {name: argument(value) for name, value in launch.arguments.items()}
+    # The recording keeps every tensor alive, so addresses of storages are not used twice.
+    memory = {
+        name: value.untyped_storage()._cdata
+        for name, value in launch.arguments.items()
+        if isinstance(value, Tensor)
+    }
     width, height, depth = (*launch.grid, 1, 1)[:3]
     return PlainLaunch(
-        configuration(launch, arch), (width, height, depth), arguments, launch.constexprs
+        configuration(launch, arch), (width, height, depth), arguments, launch.constexprs, memory
     )

@@ -3,7 +3,8 @@
 time = max(FLOP / peak, bytes / bandwidth), each stretched where the grid does not fill the device
 evenly. Left out: launch latency, instruction issue, exponentials, bank conflicts, actual clocks.
 
-Bytes from device memory: a program's first read of a tile counts, and it counts again
+Bytes from device memory: none of a tensor that an earlier launch of the pass left in L2 (`Cache`);
+otherwise a program's first read of a tile counts, and it counts again
  - in another program of the same wave not at all (it is in L2 or on its way there),
  - in a later wave if the tensor is larger than half of L2,
  - in the same program if what all running programs hold of the tensor is larger than half of L2.
@@ -11,7 +12,8 @@ Bytes from device memory: a program's first read of a tile counts, and it counts
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Set
+from dataclasses import dataclass, field
 from math import ceil
 
 from benchmarks.static_gpu.compiling import Resources
@@ -49,12 +51,35 @@ def blocks_per_multiprocessor(resources: Resources, num_warps: int, device: Devi
     )
 
 
-def model(traffic: Traffic, resources: Resources, num_warps: int, device: Device) -> Modelled:
+@dataclass
+class Cache:
+    """Which tensors L2 holds between launches: the last ones that fit into half of it together."""
+
+    device: Device
+    held: dict[int, int] = field(default_factory=dict)  # memory -> bytes, the last used last
+
+    def use(self, memory: int, nbytes: int) -> None:
+        """A launch has read or written this memory."""
+        self.held.pop(memory, None)
+        self.held[memory] = nbytes
+        while self.held and sum(self.held.values()) > self.device.l2_bytes / 2:
+            del self.held[next(iter(self.held))]
+
+
+def model(
+    traffic: Traffic,
+    resources: Resources,
+    num_warps: int,
+    device: Device,
+    cached: Set[str] = frozenset(),
+) -> Modelled:
+    """``cached`` names the tensors that L2 holds when the launch begins."""
     blocks = blocks_per_multiprocessor(resources, num_warps, device)
     wave = max(1, blocks) * device.multiprocessors
     moved = sum(
-        read_bytes(stream, traffic.programs, wave, device) + stream.written * traffic.programs
-        for stream in traffic.streams.values()
+        (0.0 if name in cached else read_bytes(stream, traffic.programs, wave, device))
+        + stream.written * traffic.programs
+        for name, stream in traffic.streams.items()
     )
     flops = traffic.flops * traffic.programs
     peak = {"tf32": device.peak_tf32, "float32": device.peak_float32}.get(

@@ -16,7 +16,13 @@ from benchmarks.static_gpu import gates, launches, sass, traffic, workers
 from benchmarks.static_gpu.compiling import Resources, resources
 from benchmarks.static_gpu.devices import A100, DEVICES, RTX_3090, RTX_4090
 from benchmarks.static_gpu.launches import PlainLaunch
-from benchmarks.static_gpu.model import blocks_per_multiprocessor, model, read_bytes, unevenness
+from benchmarks.static_gpu.model import (
+    Cache,
+    blocks_per_multiprocessor,
+    model,
+    read_bytes,
+    unevenness,
+)
 from benchmarks.static_gpu.traffic import Stream, Traffic
 from tests.benchmarks import toy_kernels
 
@@ -257,6 +263,24 @@ def test_reads_come_from_memory_once_unless_l2_is_too_small() -> None:
     assert read_bytes(own, 1000, 100, RTX_3090) == 2000 * mib
     narrow = replace(own, nbytes=int(1000e4), read=2e4, read_distinct=1e4)
     assert read_bytes(narrow, 1000, 100, RTX_3090) == 1000e4
+
+
+def test_a_later_launch_finds_in_l2_what_fits_into_half_of_it() -> None:
+    mib = 2**20
+    cache = Cache(RTX_3090)  # 6 MiB
+    cache.use(1, mib)
+    cache.use(2, 2 * mib)
+    assert set(cache.held) == {1, 2}
+    cache.use(1, mib)  # used again: 2 is now the older one
+    cache.use(3, mib)
+    assert set(cache.held) == {1, 3}
+    cache.use(4, 4 * mib)  # larger than all
+    assert not cache.held
+    stream = Stream(mib, mib / 8, mib / 8, mib / 8, 1024.0)
+    traffic_ = Traffic(8, 0.0, "", {"x": stream})
+    needs = Resources(86, registers=32)
+    assert model(traffic_, needs, 4, RTX_3090).bytes_moved == mib + 8 * 1024
+    assert model(traffic_, needs, 4, RTX_3090, {"x"}).bytes_moved == 8 * 1024
 
 
 def test_blocks_on_a_multiprocessor() -> None:
