@@ -5,6 +5,7 @@ from __future__ import annotations
 import faulthandler
 import os
 import traceback
+import warnings
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import TextIO
@@ -25,6 +26,9 @@ def serve(connection: Connection, device_type: str, source: str, notes: str) -> 
     ``notes`` is a file for the stack of a job that hangs: (seconds, Job) comes, and shortly before
     the seconds are over the stack is written.
     """
+    warnings.simplefilter(
+        "ignore"
+    )  # nothing anybody could act on, between the progress bar's lines
     device = DEVICES[device_type]()
     device.prepare()
     groups = load(source)

@@ -40,7 +40,6 @@ class Resources:
     tensor_instructions: int = 0
     tensor_instructions_in_loops: int = 0
     async_copies: int = 0
-    pipelined_loads: bool = False  # the compiler's plan has asynchronous copies
     problem: str | None = None
 
 
@@ -100,7 +99,6 @@ def _compile(
         tensor_instructions=machine.tensor_instructions,
         tensor_instructions_in_loops=machine.tensor_instructions_in_loops,
         async_copies=machine.async_copies,
-        pipelined_loads="ttg.async_copy_global_to_local" in compiled.asm["ttgir"],
     )
 
 

@@ -82,7 +82,7 @@ def _row(file: Path, kernel: str, arch: int, **needs: Any) -> dict[str, Any]:
         "tensor_macs": 0,
         "tensor_instructions": 0,
         "async_copies": 0,
-        "pipelined_loads": False,
+        "tensor_instructions_in_loops": 0,
         "problem": None,
     }
     return {"file": file.name, "kernel": kernel, "arch": arch, **nothing, **needs}

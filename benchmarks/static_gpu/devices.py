@@ -10,6 +10,7 @@ Peaks are dense, with float32 accumulation, at boost clock.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 
@@ -65,8 +66,13 @@ SHARED_LIMITS = {device.arch: device.shared_per_block for device in DEVICES}
 
 
 def nearest(name: str) -> Device | None:
-    """The device of this table that a driver's device name means, if any."""
+    """The device of this table that a driver's device name means, if any.
+
+    Its relatives of almost the same name have other limits.
+    """
+    if re.search(r"\b(Ti|SUPER|D|Laptop|PCIE|NVL|40GB)\b", name, re.IGNORECASE):
+        return None
     for device in DEVICES:
-        if device.name.removeprefix("RTX ") in name:
+        if re.search(rf"\b{device.name.removeprefix('RTX ')}\b", name):
             return device
     return None

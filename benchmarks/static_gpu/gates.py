@@ -45,8 +45,9 @@ def of_resources(kernel: str, arch: int, num_stages: int, needs: dict[str, Any])
             f"{where} does {needs['tensor_macs']} multiply-adds a warp on tensor cores; "
             f"its products have {needs['theory_macs']}"
         )
-    if num_stages > 1 and needs["pipelined_loads"] and not needs["async_copies"]:
-        found.append(f"{where} has {num_stages} stages and no asynchronous copy")
+    in_loops = needs["tensor_instructions_in_loops"]
+    if num_stages > 1 and in_loops and not needs["async_copies"]:
+        found.append(f"{where} has products in a loop, {num_stages} stages, no asynchronous copy")
     return found
 
 

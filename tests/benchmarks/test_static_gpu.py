@@ -14,7 +14,7 @@ import torch
 
 from benchmarks.static_gpu import gates, launches, sass, traffic, workers
 from benchmarks.static_gpu.compiling import Resources, resources
-from benchmarks.static_gpu.devices import A100, DEVICES, RTX_3090, RTX_4090
+from benchmarks.static_gpu.devices import A100, DEVICES, RTX_3090, RTX_4090, nearest
 from benchmarks.static_gpu.launches import PlainLaunch
 from benchmarks.static_gpu.model import (
     Cache,
@@ -158,7 +158,7 @@ def test_missing_tensor_instructions_and_copies_are_caught() -> None:
     assert gates.of_resources("k", 86, 3, asdict(good)) == []
     half = replace(good, tensor_macs=1024)
     assert "multiply-adds" in gates.of_resources("k", 86, 3, asdict(half))[0]
-    plain = replace(good, pipelined_loads=True, async_copies=0)
+    plain = replace(good, tensor_instructions_in_loops=1, async_copies=0)
     assert "no asynchronous copy" in gates.of_resources("k", 86, 3, asdict(plain))[0]
 
 
@@ -310,6 +310,25 @@ def test_time_is_the_larger_of_products_and_bytes() -> None:
     light = model(replace(heavy, flops=0.0), needs, 4, RTX_3090)
     assert (light.bound, light.seconds) == ("memory", pytest.approx(820e6 / 936e9))
     assert model(replace(heavy, operand="float32"), needs, 4, RTX_3090).seconds > found.seconds
+
+
+@pytest.mark.parametrize(
+    ("name", "device"),
+    [
+        ("NVIDIA GeForce RTX 3090", "RTX 3090"),
+        ("NVIDIA GeForce RTX 4090", "RTX 4090"),
+        ("NVIDIA A100-SXM4-80GB", "A100"),
+        ("NVIDIA H100 80GB HBM3", "H100"),
+        ("NVIDIA GeForce RTX 3090 Ti", None),
+        ("NVIDIA GeForce RTX 4090 Laptop GPU", None),
+        ("NVIDIA H100 PCIe", None),
+        ("NVIDIA A100-SXM4-40GB", None),
+        ("NVIDIA L4", None),
+    ],
+)
+def test_a_driver_s_name_means_a_device_or_none(name: str, device: str | None) -> None:
+    found = nearest(name)
+    assert (None if found is None else found.name) == device
 
 
 def test_the_devices_are_ordered_as_their_makers_say() -> None:
