@@ -16,14 +16,17 @@ from typing import Any
 import numpy as np
 import torch
 
+from benchmarks.static_gpu.devices import DEVICES
 from benchmarks.static_gpu.launches import PlainLaunch, TensorArgument
 
 #: So many programs are run to the end, spread over the grid by the golden ratio: masks at the edges
 #: then weigh as much as they do in the whole grid.
-_WHOLE = 5
+_WHOLE = 3
 
 #: Of so many programs, the first in launch order, the first tiles are looked at.
 _LOOKED_AT = 132
+
+_SMALLEST_L2 = min(device.l2_bytes for device in DEVICES)
 
 #: Each storage gets an address range of its own.
 _SPAN = 1 << 44
@@ -39,7 +42,6 @@ class Stream:
     nbytes: int  # of the tensor
     read: float  # all that is asked for
     read_distinct: float  # each element once
-    sectors: float  # of 32 bytes, that the reads touch
     written: float
     #: For the first programs in launch order, which tile each reads first; empty if not looked at.
     tiles: tuple[int, ...] = ()
@@ -63,16 +65,19 @@ def traffic(launch: PlainLaunch) -> Traffic:
     for name, argument in launch.arguments.items():
         if isinstance(argument, TensorArgument):
             storages.setdefault(argument.storage, name)
-    reads = {n: np.mean([_distinct(t, n) for t in traces]) for n in storages}
-    # What is less than a hundredth of the traffic does not decide anything; it may come last.
-    large = {n for n, bytes_read in reads.items() if bytes_read > max(reads.values()) / 100}
+    reads = {n: _mean(traces, n, lambda access: access.distinct_bytes) for n in storages}
+    # Others stay in L2 as a whole, or are too little to matter.
+    large = {
+        number
+        for number, read in reads.items()
+        if _nbytes(launch, number) > _SMALLEST_L2 / 2 and read > max(reads.values()) / 100
+    }
     tiles = _first_tiles(launch, large)
     streams = {
         name: Stream(
             nbytes=_nbytes(launch, number),
             read=_mean(traces, number, lambda access: access.read_bytes),
-            read_distinct=float(reads[number]),
-            sectors=_mean(traces, number, lambda access: access.sector_bytes),
+            read_distinct=reads[number],
             written=_mean(traces, number, lambda access: access.written_bytes),
             tiles=tiles.get(number, ()),
         )
@@ -85,16 +90,18 @@ def traffic(launch: PlainLaunch) -> Traffic:
 
 @dataclass
 class _Access:
-    """One program's accesses to one storage."""
+    """One program's accesses to one storage.
 
-    read: list[np.ndarray] = field(default_factory=list)
-    itemsize: int = 1
-    sector_bytes: int = 0
+    Tiles are told apart by where they begin and end and by their size: programs read whole tiles.
+    """
+
+    read_bytes: int = 0
+    tiles: dict[tuple[int, int, int], int] = field(default_factory=dict)  # bytes of each, once
     written_bytes: int = 0
 
     @property
-    def read_bytes(self) -> int:
-        return sum(addresses.size for addresses in self.read) * self.itemsize
+    def distinct_bytes(self) -> int:
+        return sum(self.tiles.values())
 
 
 @dataclass
@@ -104,6 +111,7 @@ class _Counter:
     accesses: dict[int, _Access] = field(default_factory=dict)
     flops: float = 0.0
     operand: str = ""
+    forms: dict[tuple[int, int, int], int] = field(default_factory=dict)
 
     def load(self, pointers: Any, mask: Any, other: Any, *_: Any) -> Any:
         from triton.runtime.interpreter import TensorHandle, _get_np_dtype
@@ -116,9 +124,18 @@ class _Counter:
 
     def note_read(self, storage: int, addresses: np.ndarray, itemsize: int) -> None:
         access = self.accesses.setdefault(storage, _Access())
-        access.read.append(addresses)
-        access.itemsize = itemsize
-        access.sector_bytes += 32 * np.unique(addresses // 32).size
+        access.read_bytes += addresses.size * itemsize
+        begin, end = int(addresses.min()), int(addresses.max())
+        tile = (begin, end, addresses.size)
+        if tile not in access.tiles:
+            access.tiles[tile] = itemsize * self.distinct(storage, addresses, end - begin)
+
+    def distinct(self, storage: int, addresses: np.ndarray, span: int) -> int:
+        """How many of a tile's addresses differ; the same for all tiles of one form."""
+        form = (storage, addresses.size, span)
+        if form not in self.forms:
+            self.forms[form] = int(np.unique(addresses).size)
+        return self.forms[form]
 
     def store(self, pointers: Any, value: Any, mask: Any, *_: Any) -> None:
         addresses = _unmasked(pointers, mask)
@@ -240,13 +257,6 @@ def _unmasked(pointers: Any, mask: Any) -> np.ndarray:
     shown = np.broadcast_to(mask.data, pointers.data.shape)
     found: np.ndarray = pointers.data[shown].astype(np.int64) - _SPAN
     return found
-
-
-def _distinct(trace: _Counter, storage: int) -> int:
-    access = trace.accesses.get(storage)
-    if access is None or not access.read:
-        return 0
-    return int(np.unique(np.concatenate(access.read)).size) * access.itemsize
 
 
 def _mean(traces: list[_Counter], storage: int, value: Any) -> float:

@@ -221,22 +221,29 @@ def test_the_signature_is_what_the_jit_would_choose(compiled: Callable[..., Any]
 
 @pytest.fixture(scope="module")
 def counted_matmul(compiled: Callable[..., Any], counted: Callable[..., Traffic]) -> Traffic:
-    launch, _ = compiled(partial(toy_kernels.launch_matmul, 512, 256, 128))
+    launch, _ = compiled(partial(toy_kernels.launch_matmul, 32768, 256, 128))
     return counted(launch)
 
 
 def test_bytes_and_flops_are_those_of_the_tiles(counted_matmul: Traffic) -> None:
-    assert counted_matmul.programs == 8 * 4
+    assert counted_matmul.programs == 512 * 4
     assert counted_matmul.flops == 2 * 64 * 64 * 128
     assert counted_matmul.operand == "bfloat16"
     x, w, y = (counted_matmul.streams[name] for name in "xwy")
-    assert x.read == x.read_distinct == x.sectors == 64 * 128 * 2
+    assert x.read == x.read_distinct == 64 * 128 * 2
     assert w.read == 128 * 64 * 2
     assert (y.read, y.written) == (0, 64 * 64 * 2)
-    assert x.nbytes == 512 * 128 * 2
-    # Programs go down the rows first: eight tiles of x, then these again, each time another of w.
-    assert x.tiles == tuple(range(8)) * 4
-    assert w.tiles == tuple(i // 8 for i in range(32))
+    assert x.nbytes == 32768 * 128 * 2
+    # Programs go down the rows first: each reads another tile of x. w stays in L2 anyway.
+    assert x.tiles == tuple(range(132))
+    assert w.tiles == ()
+
+
+def test_programs_that_share_a_tile_are_seen(
+    compiled: Callable[..., Any], counted: Callable[..., Traffic]
+) -> None:
+    launch, _ = compiled(partial(toy_kernels.launch_matmul, 512, 32768, 128))
+    assert counted(launch).streams["w"].tiles == tuple(i // 8 for i in range(132))
 
 
 def test_a_second_reading_is_seen(
@@ -252,14 +259,14 @@ def test_a_second_reading_is_seen(
 
 def test_reads_come_from_memory_once_unless_l2_is_too_small() -> None:
     mib = 2**20
-    small = Stream(nbytes=2 * mib, read=2e4, read_distinct=1e4, sectors=2e4, written=0)
+    small = Stream(nbytes=2 * mib, read=2e4, read_distinct=1e4, written=0)
     assert read_bytes(small, 1000, 100, RTX_3090) == 2 * mib
     # All programs read the same 8 MiB, 100 at a time: again for each wave, where L2 has 6 MiB.
-    shared = Stream(8 * mib, 8 * mib, 8 * mib, 8 * mib, 0, tiles=(0,) * 100)
+    shared = Stream(8 * mib, 8 * mib, 8 * mib, 0, tiles=(0,) * 100)
     assert read_bytes(shared, 1000, 100, RTX_3090) == 80 * mib
     assert read_bytes(shared, 1000, 100, RTX_4090) == 8 * mib
     # Each reads its own 1 MiB twice: 100 MiB pass before it comes back.
-    own = Stream(1000 * mib, 2 * mib, mib, mib, 0, tiles=tuple(range(100)))
+    own = Stream(1000 * mib, 2 * mib, mib, 0, tiles=tuple(range(100)))
     assert read_bytes(own, 1000, 100, RTX_3090) == 2000 * mib
     narrow = replace(own, nbytes=int(1000e4), read=2e4, read_distinct=1e4)
     assert read_bytes(narrow, 1000, 100, RTX_3090) == 1000e4
@@ -276,7 +283,7 @@ def test_a_later_launch_finds_in_l2_what_fits_into_half_of_it() -> None:
     assert set(cache.held) == {1, 3}
     cache.use(4, 4 * mib)  # larger than all
     assert not cache.held
-    stream = Stream(mib, mib / 8, mib / 8, mib / 8, 1024.0)
+    stream = Stream(mib, mib / 8, mib / 8, 1024.0)
     traffic_ = Traffic(8, 0.0, "", {"x": stream})
     needs = Resources(86, registers=32)
     assert model(traffic_, needs, 4, RTX_3090).bytes_moved == mib + 8 * 1024
@@ -303,7 +310,7 @@ def test_uneven_grids_take_longer() -> None:
 
 def test_time_is_the_larger_of_products_and_bytes() -> None:
     needs = Resources(86, registers=64, shared_bytes=16 * 1024)
-    stream = Stream(10**9, 1e6, 1e6, 1e6, 0.0)
+    stream = Stream(10**9, 1e6, 1e6, 0.0)
     heavy = Traffic(820, 1e12, "bfloat16", {"x": stream})
     found = model(heavy, needs, 4, RTX_3090)
     assert (found.bound, found.seconds) == ("compute", pytest.approx(820e12 / 71e12))
