@@ -172,29 +172,26 @@ def _compile(
 def _count(
     distinct: dict[Any, PlainLaunch], cores: int, progress: Callable[[str, int, int], None]
 ) -> dict[Any, Traffic]:
-    found: dict[Any, Traffic] = {}
-    missing: dict[Any, PlainLaunch] = {}
-    for key, launch in distinct.items():
-        known = _known_traffic(launch)
-        if known is None:
-            missing[key] = launch
-        else:
-            found[key] = known
+    tasks = [(launch, _traffic_place(launch)) for launch in distinct.values()]
+    known = [_known_traffic(place) for _, place in tasks]
+    missing = [task for task, one in zip(tasks, known, strict=True) if one is None]
     if missing:
-        tasks = [(launch,) for launch in missing.values()]
-        ticker = _Ticker("count", len(tasks), progress)
+        ticker = _Ticker("count", len(missing), progress)
         with workers.pool(interpreted=True, workers=cores) as executor:
-            counted = workers.in_order(executor, traffic.traffic, tasks, ticker)
-            for key, one in zip(missing, counted, strict=True):
-                found[key] = one
-                place = _traffic_place(missing[key])
-                place.parent.mkdir(parents=True, exist_ok=True)
-                place.write_text(json.dumps(asdict(one)))
-    return found
+            workers.in_order(executor, count_one, missing, ticker)
+    found = [one or _known_traffic(place) for one, (_, place) in zip(known, tasks, strict=True)]
+    return {key: one for key, one in zip(distinct, found, strict=True) if one is not None}
 
 
-def _known_traffic(launch: PlainLaunch) -> Traffic | None:
-    place = _traffic_place(launch)
+def count_one(launch: PlainLaunch, place: Path) -> None:
+    """Count in a process with the interpreter; the result is kept at once."""
+    place.parent.mkdir(parents=True, exist_ok=True)
+    part = place.with_suffix(f".{os.getpid()}.part")
+    part.write_text(json.dumps(asdict(traffic.traffic(launch))))
+    part.replace(place)
+
+
+def _known_traffic(place: Path) -> Traffic | None:
     if not place.exists():
         return None
     fields = json.loads(place.read_text())
