@@ -23,8 +23,9 @@ from benchmarks.static_gpu.launches import PlainLaunch, TensorArgument
 #: then weigh as much as they do in the whole grid.
 _WHOLE = 3
 
-#: Of so many programs, the first in launch order, the first tiles are looked at.
-_LOOKED_AT = 132
+#: Of so many programs, the first in launch order, the first tiles are looked at, as far as so many
+#: reads show them.
+_LOOKED_AT, _READS = 132, 16
 
 _SMALLEST_L2 = min(device.l2_bytes for device in DEVICES)
 
@@ -163,10 +164,12 @@ class _Finder(_Counter):
 
     looked_for: set[int] = field(default_factory=set)
     first: dict[int, int] = field(default_factory=dict)
+    reads: int = 0
 
     def note_read(self, storage: int, addresses: np.ndarray, itemsize: int) -> None:
         self.first.setdefault(storage, int(addresses.min()))
-        if self.looked_for <= self.first.keys():
+        self.reads += 1
+        if self.looked_for <= self.first.keys() or self.reads == _READS:
             raise _Enough
 
 
@@ -186,9 +189,11 @@ def _first_tiles(launch: PlainLaunch, storages: set[int]) -> dict[int, tuple[int
     with _interpreter(launch, finder) as run:
         for program in range(min(launch.programs, _LOOKED_AT)):
             finder.first.clear()
+            finder.reads = 0
             run(program)
             for number in storages:
-                found[number].append(finder.first.get(number, -1))
+                if number in finder.first:  # q, k and v of one launch have a weight each
+                    found[number].append(finder.first[number])
     return {number: _numbered(addresses) for number, addresses in found.items()}
 
 
