@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rewardprop_fast.ops.attention import native, reference, sdpa, triton
+from rewardprop_fast.ops.attention import native, reference, sdpa, triton, xformers
 from rewardprop_fast.ops.registration import define, differentiable
 from rewardprop_fast.ops.registry import Implementation, Operator, choose
 
@@ -35,6 +35,7 @@ ATTENTION = Operator(
         Implementation("native", native.why_not, native.forward, native.backward),
         Implementation("triton", triton.why_not, triton.forward, triton.backward),
         Implementation("sdpa", sdpa.why_not, sdpa.forward, sdpa.backward),
+        Implementation("xformers", xformers.why_not, xformers.forward, xformers.backward),
         Implementation("reference", lambda *_: None, reference.forward, reference.backward),
     ),
     _example,
