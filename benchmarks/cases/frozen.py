@@ -1,4 +1,4 @@
-"""Cases of `ops.frozen_conv2d` and `ops.frozen_linear`: only the input carries a gradient."""
+"""Cases of the operators with a frozen weight and nothing else: only x carries a gradient."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.cases.networks import ConvLayer, Layer, LinearLayer
+from benchmarks.cases.networks import ConvLayer, Layer, LinearLayer, UpsampleConvLayer
 from benchmarks.cases.protocol import Arguments, Case, Cost
 from benchmarks.cases.shapes import normal
 from rewardprop_fast import ops
@@ -18,6 +18,8 @@ from rewardprop_fast import ops
 def of_layer(layer: Layer, count: int) -> list[Case]:
     if isinstance(layer, ConvLayer):
         return [conv(layer, count)]
+    if isinstance(layer, UpsampleConvLayer):
+        return [upsample_conv(layer, count)]
     if isinstance(layer, LinearLayer) and not layer.adapted:
         return [linear(layer, count)]
     return []
@@ -33,6 +35,7 @@ def checks() -> list[Case]:
     linears = ((64, 32, 48, True), (1, 1, 1, False), (67, 33, 129, True))
     return [
         *(conv(ConvLayer(*sizes)) for sizes in convs),
+        upsample_conv(UpsampleConvLayer((2, 16, 7, 5), 16)),
         *(linear(LinearLayer(*sizes, False)) for sizes in linears),
     ]
 
@@ -49,6 +52,19 @@ def conv(layer: ConvLayer, count: int = 1) -> Case:
         ("x",),
         {"eager": _eager_conv},
         partial(_cost_conv, layer),
+        count,
+    )
+
+
+def upsample_conv(layer: UpsampleConvLayer, count: int = 1) -> Case:
+    return Case(
+        "frozen_upsample_conv2d",
+        f"{'x'.join(map(str, layer.shape))} to {layer.outputs}",
+        partial(_make_upsample_conv, layer),
+        lambda **arguments: ops.frozen_upsample_conv2d(**arguments),
+        ("x",),
+        {"eager": _eager_upsample_conv},
+        partial(_cost_upsample_conv, layer),
         count,
     )
 
@@ -72,6 +88,10 @@ def _eager_conv(x: Tensor, weight: Tensor, bias: Tensor | None, **settings: Any)
     return F.conv2d(x, weight, bias, **settings)
 
 
+def _eager_upsample_conv(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return F.conv2d(F.interpolate(x, scale_factor=2.0, mode="nearest"), weight, bias, padding=1)
+
+
 def _eager_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return F.linear(x, weight, bias)
 
@@ -88,6 +108,16 @@ def _make_conv(layer: ConvLayer, device: str, dtype: torch.dtype) -> Arguments:
         "padding": layer.padding,
         "dilation": (1, 1),
         "groups": 1,
+    }
+
+
+def _make_upsample_conv(layer: UpsampleConvLayer, device: str, dtype: torch.dtype) -> Arguments:
+    inputs = layer.shape[1]
+    like = partial(normal, device=device, dtype=dtype, channels_last=True)
+    return {
+        "x": like(*layer.shape),
+        "weight": like(layer.outputs, inputs, 3, 3, scale=(9 * inputs) ** -0.5),
+        "bias": like(layer.outputs),
     }
 
 
@@ -116,6 +146,17 @@ def _cost_conv(layer: ConvLayer, dtype: torch.dtype) -> tuple[Cost, Cost]:
     weight = layer.outputs * inputs * taps * size
     flops = 2 * pixels * layer.outputs * inputs * taps
     cost = Cost(flops, x + y + weight, x)
+    return cost, cost
+
+
+def _cost_upsample_conv(layer: UpsampleConvLayer, dtype: torch.dtype) -> tuple[Cost, Cost]:
+    """As a convolution of the large image: what PyTorch computes."""
+    batch, inputs, height, width = layer.shape
+    size = dtype.itemsize
+    x = batch * inputs * height * width * size
+    y = 4 * batch * height * width * layer.outputs * size
+    flops = 2 * 4 * batch * height * width * layer.outputs * inputs * 9
+    cost = Cost(flops, x + y + layer.outputs * inputs * 9 * size, x)
     return cost, cost
 
 

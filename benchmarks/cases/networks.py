@@ -56,6 +56,14 @@ class ConvLayer:
 
 
 @dataclass(frozen=True)
+class UpsampleConvLayer:
+    """Upsampling by two and the 3x3 convolution after it."""
+
+    shape: tuple[int, ...]
+    outputs: int
+
+
+@dataclass(frozen=True)
 class AttentionLayer:
     batch: int
     heads: int
@@ -75,6 +83,7 @@ Layer = (
     | LinearLayer
     | ProjectionsLayer
     | ConvLayer
+    | UpsampleConvLayer
     | AttentionLayer
     | LatentsLayer
 )
@@ -124,6 +133,7 @@ def _note(
     from diffusers.models.activations import GEGLU
     from diffusers.models.attention_processor import Attention
     from diffusers.models.resnet import ResnetBlock2D
+    from diffusers.models.upsampling import Upsample2D
 
     x = next(iter((*args, *kwargs.values())), None)
     parent, _, own = name.rpartition(".")
@@ -133,7 +143,11 @@ def _note(
         found[GroupNormLayer(tuple(x.shape), module.num_groups, module.eps, silu)] += 1
     elif isinstance(module, GEGLU):
         found[GegluLayer((*x.shape[:-1], module.proj.out_features))] += 1
+    elif isinstance(module, Upsample2D):
+        found[UpsampleConvLayer(tuple(x.shape), module.out_channels)] += 1
     elif isinstance(module, nn.Conv2d):
+        if isinstance(model.get_submodule(parent), Upsample2D):
+            return
         padding: Any = module.padding
         layer = ConvLayer(
             tuple(x.shape), module.out_channels, module.kernel_size, module.stride, padding

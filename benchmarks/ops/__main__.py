@@ -35,7 +35,11 @@ def rows_of(case: Case, network: str, dtype: str, arguments: argparse.Namespace)
     torch.manual_seed(0)
     given = case.make("cpu", DTYPES[dtype])
     functions = measure.variants(case, arguments.compile)
-    kept = {name: measure.kept_bytes(case, given, f) for name, f in functions.items()}
+    kept = {
+        name: measure.kept_bytes(case, given, function)
+        for name, function in functions.items()
+        if name != measure.COMPILED  # a compiled function's memory cannot be watched
+    }
     timed = measure.time_case(case, given, functions, arguments.rounds)
     torch.compiler.reset()
     return [
@@ -49,7 +53,7 @@ def rows_of(case: Case, network: str, dtype: str, arguments: argparse.Namespace)
             "variant": variant,
             **timing.summary(),
             "speedup_of_ours": speedup(timing, timings[measure.OURS]),
-            "kept_bytes": kept[variant],
+            "kept_bytes": kept.get(variant, ""),
         }
         for name, timings in timed.items()
         for variant, timing in timings.items()
@@ -69,6 +73,7 @@ def totals(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         kept = {
             variant: sum(r["count"] * r["kept_bytes"] for r in mine if r["variant"] == variant)
             for variant in spent
+            if variant != measure.COMPILED
         }
         found.append(
             {

@@ -13,11 +13,12 @@ from diffusers.models.activations import GEGLU
 from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
+from diffusers.models.upsampling import Upsample2D
 from torch import Tensor, nn
 
 from rewardprop_fast import ops
-from rewardprop_fast.nn.layers import group_norm
-from rewardprop_fast.nn.legality import has_hooks, is_plain
+from rewardprop_fast.nn.layers import FastConv2d, group_norm
+from rewardprop_fast.nn.legality import has_hooks, is_frozen, is_plain
 from rewardprop_fast.nn.lora import linears
 
 #: The widest head that `ops.attention` takes.
@@ -62,6 +63,48 @@ class FastResnetBlock2D(ResnetBlock2D):
             input_tensor = self.conv_shortcut(input_tensor)
         output = input_tensor + hidden
         return output if self.output_scale_factor == 1 else output / self.output_scale_factor
+
+
+class FastUpsample2D(Upsample2D):
+    """Upsampling and the convolution after it in one, without the large image between them."""
+
+    @staticmethod
+    def why_not(block: Upsample2D) -> str | None:
+        if not block.use_conv or block.use_conv_transpose or not block.interpolate:
+            return "it has no upsampling with a convolution after it"
+        if block.norm is not None:
+            return "it normalises"
+        return None
+
+    def forward(
+        self, hidden_states: Tensor, output_size: Any = None, *args: Any, **kwargs: Any
+    ) -> Tensor:
+        conv: Any = self.conv if self.name == "conv" else self.Conv2d_0
+        if (
+            output_size is not None
+            or args
+            or kwargs
+            # Where diffusers leaves channels_last memory, for limits of PyTorch's.
+            or hidden_states.shape[0] >= 64
+            or 2 * hidden_states.numel() > 2**31
+            or not _is_plain_3x3(conv)
+            or has_hooks(conv)
+            or not is_frozen(conv.weight, conv.bias)
+            or not is_plain(hidden_states, conv.weight, conv.bias)
+        ):
+            return super().forward(hidden_states, output_size, *args, **kwargs)
+        return ops.frozen_upsample_conv2d(hidden_states, conv.weight, conv.bias)
+
+
+def _is_plain_3x3(conv: Any) -> bool:
+    """Whether it is one that `accelerate` took (no adapter around it), as diffusers builds them."""
+    return (
+        type(conv) is FastConv2d
+        and conv.kernel_size == (3, 3)
+        and conv.padding == conv.stride == conv.dilation == (1, 1)
+        and conv.groups == 1
+        and conv.padding_mode == "zeros"
+    )
 
 
 class FastTransformer2DModel(Transformer2DModel):

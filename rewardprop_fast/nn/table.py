@@ -16,6 +16,7 @@ from diffusers.models.autoencoders.vae import Decoder, Encoder
 from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+from diffusers.models.upsampling import Upsample2D
 from peft.tuners.lora import layer as peft_lora
 from torch import nn
 
@@ -56,6 +57,7 @@ REPLACEMENTS = (
     Replacement(nn.GroupNorm, layers.FastGroupNorm, is_trained),
     Replacement(nn.Dropout, layers.FastDropout),
     Replacement(ResnetBlock2D, blocks.FastResnetBlock2D, blocks.FastResnetBlock2D.why_not),
+    Replacement(Upsample2D, blocks.FastUpsample2D, blocks.FastUpsample2D.why_not),
     Replacement(
         Transformer2DModel, blocks.FastTransformer2DModel, blocks.FastTransformer2DModel.why_not
     ),

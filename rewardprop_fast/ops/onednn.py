@@ -1,13 +1,15 @@
-"""float32 products by oneDNN instead of MKL, which PyTorch takes by itself.
+"""oneDNN's products and convolutions, by the names that PyTorch's own compiler calls them.
 
-On an AMD EPYC with AVX-512, beside other work, oneDNN took 0.78 to 0.9 of MKL's time for most
-shapes of diffusion models; other processors were not measured. In bfloat16 PyTorch takes oneDNN
-already. Weights are not packed beforehand: in bfloat16 the gain was within the noise, in float32
-some shapes gained more, at the price of a second copy of the weight for each direction.
+float32 products run here, not in MKL, which PyTorch takes by itself: on an AMD EPYC with AVX-512,
+beside other work, oneDNN took 0.78 to 0.9 of MKL's time for most shapes of diffusion models; other
+processors were not measured. In bfloat16 PyTorch takes oneDNN already. Weights of products are not
+packed beforehand: in bfloat16 the gain was within the noise, in float32 some shapes gained more, at
+the price of a second copy of the weight for each direction.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cache
 
 import torch
@@ -21,6 +23,48 @@ def linear(x_MK: Tensor, weight_NK: Tensor, bias: Tensor | None) -> Tensor:
         product: Tensor = torch.ops.mkldnn._linear_pointwise(x_MK, weight_NK, bias, "none", [], "")
         return product
     return F.linear(x_MK, weight_NK, bias)
+
+
+def convolution(
+    x: Tensor,
+    packed: Tensor,
+    bias: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+) -> Tensor:
+    """The convolution with a weight from `pack_convolution`; channels_last in and out."""
+    y: Tensor = torch.ops.mkldnn._convolution_pointwise(
+        x, packed, bias, padding, stride, dilation, 1, "none", [], ""
+    )
+    return y
+
+
+def pack_convolution(
+    weight: Tensor, stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int]
+) -> Tensor:
+    """(N, C, kh, kw) in the layout that `convolution` reads fastest."""
+    packed: Tensor = torch.ops.mkldnn._reorder_convolution_weight(
+        weight, padding, stride, dilation, 1, None
+    )
+    return packed
+
+
+def adjoint(weight: Tensor) -> Tensor:
+    """(C, N, kh, kw), flipped: for stride 1, the convolution with it is the input gradient."""
+    return weight.flip(2, 3).transpose(0, 1).contiguous()
+
+
+@cache
+def why_not_convolution(dtype: torch.dtype) -> str | None:
+    """None where packed convolutions of this dtype can run, otherwise why not."""
+    if dtype not in (torch.float32, torch.bfloat16):
+        return f"x is {dtype}, it takes float32 and bfloat16"
+    if not (torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_nbytes")):
+        return "this PyTorch has no oneDNN"
+    if dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        return "oneDNN has no bfloat16 on this CPU"
+    return None
 
 
 @cache

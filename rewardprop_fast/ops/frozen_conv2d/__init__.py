@@ -3,6 +3,5 @@
 from __future__ import annotations
 
 from rewardprop_fast.ops.frozen_conv2d.op import FROZEN_CONV2D, frozen_conv2d
-from rewardprop_fast.ops.frozen_conv2d.packing import drop_packs, packed_bytes
 
-__all__ = ["FROZEN_CONV2D", "drop_packs", "frozen_conv2d", "packed_bytes"]
+__all__ = ["FROZEN_CONV2D", "frozen_conv2d"]

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from functools import cache
 
 import torch
 from torch import Tensor
 
-from rewardprop_fast.ops.frozen_conv2d import packing, reference
+from rewardprop_fast.ops import onednn, packing
+from rewardprop_fast.ops.frozen_conv2d import packed, reference
 
 #: Below, a weight is so small that bringing it into another layout costs nothing.
 _LEAST_CHANNELS = 16
@@ -37,9 +37,7 @@ def why_not(
     """
     if read.device.type != "cpu":
         return f"it runs on the CPU, the tensors are on {read.device}"
-    if read.dtype not in (torch.float32, torch.bfloat16):
-        return f"x is {read.dtype}, it takes float32 and bfloat16"
-    missing = _why_missing(read.dtype)
+    missing = onednn.why_not_convolution(read.dtype)
     if missing is not None:
         return missing
     if not read.is_contiguous(memory_format=torch.channels_last):
@@ -67,9 +65,9 @@ def forward(
 ) -> Tensor:
     """y (B, N, H', W'), channels_last."""
     if _is_plain_pointwise(weight, padding):
-        return _linear(x, packing.linear_for_forward(weight), bias)
-    packed = packing.for_forward(weight, stride, padding, dilation)
-    return _convolution(x, packed, bias, stride, padding, dilation)
+        return _linear(x, packed.linear_for_forward(weight), bias)
+    ready = packed.for_forward(weight, stride, padding, dilation)
+    return onednn.convolution(x, ready, bias, stride, padding, dilation)
 
 
 def backward(
@@ -84,7 +82,7 @@ def backward(
 ) -> Tensor:
     """dX (B, C, H, W), channels_last."""
     if _is_plain_pointwise(weight, padding):
-        return _linear(grad, packing.linear_for_input_gradient(weight), None)
+        return _linear(grad, packed.linear_for_input_gradient(weight), None)
     sizes = zip(weight.shape[2:], padding, dilation, strict=True)
     rest = [spread * (size - 1) - pad for size, pad, spread in sizes]
     if tuple(stride) != (1, 1) or min(rest) < 0:
@@ -92,22 +90,8 @@ def backward(
         return reference.backward(
             grad, weight, x_shape, stride, padding, dilation, groups, channels_last
         )
-    packed = packing.for_input_gradient(weight, rest, dilation)
-    return _convolution(grad, packed, None, [1, 1], rest, dilation)
-
-
-def _convolution(
-    x: Tensor,
-    packed: Tensor,
-    bias: Tensor | None,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-) -> Tensor:
-    y: Tensor = torch.ops.mkldnn._convolution_pointwise(
-        x, packed, bias, padding, stride, dilation, 1, "none", [], ""
-    )
-    return y
+    ready = packed.for_input_gradient(weight, rest, dilation)
+    return onednn.convolution(grad, ready, None, [1, 1], rest, dilation)
 
 
 def _linear(x: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
@@ -122,12 +106,3 @@ def _is_pointwise(weight: Tensor) -> bool:
 
 def _is_plain_pointwise(weight: Tensor, padding: Sequence[int]) -> bool:
     return _is_pointwise(weight) and not any(padding)
-
-
-@cache
-def _why_missing(dtype: torch.dtype) -> str | None:
-    if not (torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_nbytes")):
-        return "this PyTorch has no oneDNN"
-    if dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
-        return "oneDNN has no bfloat16 on this CPU"
-    return None

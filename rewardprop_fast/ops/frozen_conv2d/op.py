@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from rewardprop_fast.ops.frozen_conv2d import native, reference
+from rewardprop_fast.ops.images import is_channels_last, memory_format
 from rewardprop_fast.ops.pointwise import check_device, check_frozen
 from rewardprop_fast.ops.registration import define, differentiable
 from rewardprop_fast.ops.registry import Implementation, Operator, choose
@@ -98,7 +99,7 @@ def _forward(
     groups: int,
 ) -> Tensor:
     _check(x, weight, bias, stride, padding, dilation, groups)
-    layout = _memory_format(_is_channels_last(x, weight))
+    layout = memory_format(is_channels_last(x, weight))
     args = (
         x.contiguous(memory_format=layout),
         weight,
@@ -123,7 +124,7 @@ def _forward_fake(
 ) -> Tensor:
     _check(x, weight, bias, stride, padding, dilation, groups)
     shape = (x.shape[0], weight.shape[0], *_output_size(x, weight, stride, padding, dilation))
-    layout = _memory_format(_is_channels_last(x, weight))
+    layout = memory_format(is_channels_last(x, weight))
     return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=layout)
 
 
@@ -137,7 +138,7 @@ def _backward(
     groups: int,
     channels_last: bool,
 ) -> Tensor:
-    layout = _memory_format(channels_last)
+    layout = memory_format(channels_last)
     grad = grad.contiguous(memory_format=layout)
     geometry = (list(stride), list(padding), list(dilation), groups)
     # For the input gradient it is dY that is read.
@@ -156,7 +157,7 @@ def _backward_fake(
     groups: int,
     channels_last: bool,
 ) -> Tensor:
-    layout = _memory_format(channels_last)
+    layout = memory_format(channels_last)
     return torch.empty(x_shape, dtype=grad.dtype, device=grad.device, memory_format=layout)
 
 
@@ -165,7 +166,7 @@ def _save(ctx: Any, args: tuple[Any, ...], output: Tensor) -> None:
     x, weight, _, *ctx.geometry = args
     ctx.save_for_backward(weight)
     ctx.x_shape = x.shape
-    ctx.channels_last = _is_channels_last(x, weight)
+    ctx.channels_last = is_channels_last(x, weight)
 
 
 def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -190,18 +191,6 @@ _FUNCTION = differentiable(_FORWARD, _save, _gradients)
 
 
 # --- legality ---
-
-
-def _is_channels_last(x: Tensor, weight: Tensor) -> bool:
-    """PyTorch's own rule: either of them decides. What is both counts as contiguous."""
-    return any(
-        not tensor.is_contiguous() and tensor.is_contiguous(memory_format=torch.channels_last)
-        for tensor in (x, weight)
-    )
-
-
-def _memory_format(channels_last: bool) -> torch.memory_format:
-    return torch.channels_last if channels_last else torch.contiguous_format
 
 
 def _pair(name: str, value: Pair) -> list[int]:

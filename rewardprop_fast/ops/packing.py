@@ -1,23 +1,15 @@
-"""Frozen convolution weights in oneDNN's own layouts, made once.
-
-PyTorch's convolution on a CPU brings the weight into the layout that its kernel reads at every
-call; for the small images of a UNet's inner levels that takes longer than the arithmetic. A frozen
-weight can be brought there once: for the forward pass, and for the input gradient, which for stride
-1 is a convolution too, with the weight flipped and its channel axes exchanged.
+"""Copies of frozen weights in oneDNN's own layouts, made once.
 
 The copies lie on the weight tensor itself, as an attribute, and are gone when it is. They hold as
 long as the weight is what it was: the same memory, dtype and values. Writes that autograd counts
 are seen by the tensor's version; those through ``.data``, which it does not count, by a sample of
 the values, or, where a write might change few of them, say `drop_packs`.
-
-1x1 convolutions are packed as linear layers: oneDNN's packed layouts for those convolutions depend
-on the image's size, and a convolution of another size then takes a hundred times as long.
 """
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -87,48 +79,6 @@ def packs_of(weight: Tensor) -> Packs:
     return packs
 
 
-def for_forward(
-    weight: Tensor, stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int]
-) -> Tensor:
-    """The weight (N, C, kh, kw) as ``mkldnn::_convolution_pointwise`` reads it fastest."""
-    return packs_of(weight).get(
-        ("forward", *stride, *padding, *dilation),
-        lambda: torch.ops.mkldnn._reorder_convolution_weight(
-            weight.detach(), padding, stride, dilation, 1, None
-        ),
-    )
-
-
-def for_input_gradient(weight: Tensor, padding: Sequence[int], dilation: Sequence[int]) -> Tensor:
-    """(C, N, kh, kw), flipped: the convolution with it, padded so, is the input gradient."""
-    return packs_of(weight).get(
-        ("input gradient", *padding, *dilation),
-        lambda: torch.ops.mkldnn._reorder_convolution_weight(
-            weight.detach().flip(2, 3).transpose(0, 1).contiguous(),
-            padding,
-            [1, 1],
-            dilation,
-            1,
-            None,
-        ),
-    )
-
-
-def linear_for_forward(weight: Tensor) -> Tensor:
-    """A 1x1 weight as ``mkldnn::_linear_pointwise`` reads it fastest."""
-    return packs_of(weight).get(
-        "linear forward", lambda: torch.ops.mkldnn._reorder_linear_weight(_matrix(weight), None)
-    )
-
-
-def linear_for_input_gradient(weight: Tensor) -> Tensor:
-    """Its transpose, likewise."""
-    return packs_of(weight).get(
-        "linear input gradient",
-        lambda: torch.ops.mkldnn._reorder_linear_weight(_matrix(weight).T.contiguous(), None),
-    )
-
-
 def packed_bytes(of: nn.Module | Iterable[Tensor]) -> int:
     """Bytes of all packed copies of these weights, or this module's; on top of their own."""
     return sum(packs.nbytes for packs in _all(of))
@@ -148,10 +98,6 @@ def _all(of: nn.Module | Iterable[Tensor]) -> Iterable[Packs]:
 
 def _tensors(of: nn.Module | Iterable[Tensor]) -> Iterable[Tensor]:
     return of.parameters() if isinstance(of, nn.Module) else of
-
-
-def _matrix(weight: Tensor) -> Tensor:
-    return weight.detach().reshape(weight.shape[:2])
 
 
 def _sample(weight: Tensor) -> Tensor:

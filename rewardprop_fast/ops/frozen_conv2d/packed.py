@@ -1,0 +1,57 @@
+"""A frozen convolution's weight as oneDNN reads it fastest, for each direction.
+
+PyTorch's convolution on a CPU brings the weight into the layout that its kernel reads at every
+call; for the small images of a UNet's inner levels that takes longer than the arithmetic. A frozen
+weight can be brought there once: for the forward pass, and for the input gradient, which for stride
+1 is a convolution too, with the weight flipped and its channel axes exchanged.
+
+1x1 convolutions are packed as linear layers: oneDNN's packed layouts for those convolutions depend
+on the image's size, and a convolution of another size then takes a hundred times as long.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from rewardprop_fast.ops import onednn
+from rewardprop_fast.ops.packing import packs_of
+
+
+def for_forward(
+    weight: Tensor, stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int]
+) -> Tensor:
+    """The weight (N, C, kh, kw) as ``mkldnn::_convolution_pointwise`` reads it fastest."""
+    return packs_of(weight).get(
+        ("forward", *stride, *padding, *dilation),
+        lambda: onednn.pack_convolution(weight.detach(), stride, padding, dilation),
+    )
+
+
+def for_input_gradient(weight: Tensor, padding: Sequence[int], dilation: Sequence[int]) -> Tensor:
+    """(C, N, kh, kw), flipped: the convolution with it, padded so, is the input gradient."""
+    return packs_of(weight).get(
+        ("input gradient", *padding, *dilation),
+        lambda: onednn.pack_convolution(onednn.adjoint(weight.detach()), [1, 1], padding, dilation),
+    )
+
+
+def linear_for_forward(weight: Tensor) -> Tensor:
+    """A 1x1 weight as ``mkldnn::_linear_pointwise`` reads it fastest."""
+    return packs_of(weight).get(
+        "linear forward", lambda: torch.ops.mkldnn._reorder_linear_weight(_matrix(weight), None)
+    )
+
+
+def linear_for_input_gradient(weight: Tensor) -> Tensor:
+    """Its transpose, likewise."""
+    return packs_of(weight).get(
+        "linear input gradient",
+        lambda: torch.ops.mkldnn._reorder_linear_weight(_matrix(weight).T.contiguous(), None),
+    )
+
+
+def _matrix(weight: Tensor) -> Tensor:
+    return weight.detach().reshape(weight.shape[:2])

@@ -1,0 +1,106 @@
+"""The upsampling convolution as four small ones over the image before it is enlarged: CPU.
+
+Of the 3x3 pixels that a result is computed from, upsampling has made several equal: rows
+i - 1, i, i + 1 of the large image are two rows of the small one. Weights that meet the same pixel
+are added up beforehand, which leaves a 2x2 convolution for each of the four phases (even or odd
+row, even or odd column): 16 instead of 36 multiplications for a pixel of x, and no large image
+(the sub-pixel convolution of arXiv 1609.07009, read backwards).
+
+With the taps w0, w1, w2 of a row or column:
+
+    even:  y[2i]     = w0 x[i - 1] + (w1 + w2) x[i]
+    odd:   y[2i + 1] = (w0 + w1) x[i] + w2 x[i + 1]
+
+The sums are rounded to the weight's dtype: a second rounding of about the size of the result's own.
+Infinite pixels may give an infinity where PyTorch's own subtraction of infinities gives NaN.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from rewardprop_fast.ops import onednn, packing
+
+#: Below, oneDNN's packed convolutions do not pay; see frozen_conv2d.
+_LEAST_CHANNELS = 16
+
+_ONE, _PADDING = [1, 1], [1, 1]
+_PHASES = ((0, 0), (0, 1), (1, 0), (1, 1))
+
+
+def why_not(read: Tensor, weight: Tensor, bias: Tensor | None) -> str | None:
+    """None where this form is legal and pays, otherwise why not.
+
+    ``read`` is x in the forward pass, dY for the input gradient.
+    """
+    if read.device.type != "cpu":
+        return f"it runs on the CPU, the tensors are on {read.device}"
+    missing = onednn.why_not_convolution(read.dtype)
+    if missing is not None:
+        return missing
+    if not read.is_contiguous(memory_format=torch.channels_last):
+        return "x is not in channels_last memory"
+    if min(weight.shape[:2]) < _LEAST_CHANNELS:
+        return f"it pays from {_LEAST_CHANNELS} channels on both sides"
+    if read.numel() == 0:
+        return "there are 0 pixels"
+    return packing.why_not(weight)
+
+
+def forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """y (B, N, 2H, 2W), channels_last."""
+    batch, _, height, width = x.shape
+    y = torch.empty(
+        (batch, weight.shape[0], 2 * height, 2 * width),
+        dtype=x.dtype,
+        memory_format=torch.channels_last,
+    )
+    for row, column in _PHASES:
+        ready = _for_forward(weight, row, column)
+        part = onednn.convolution(x, ready, bias, _ONE, _PADDING, _ONE)
+        # Padded on all sides, it is one larger than the phase: the odd ones begin one later.
+        y[:, :, row::2, column::2] = part[:, :, row : row + height, column : column + width]
+    return y
+
+
+def backward(grad: Tensor, weight: Tensor) -> Tensor:
+    """dX (B, C, H, W), channels_last, from dY (B, N, 2H, 2W)."""
+    height, width = (size // 2 for size in grad.shape[2:])
+    total: Tensor | None = None
+    for row, column in _PHASES:
+        phase = grad[:, :, row::2, column::2].contiguous(memory_format=torch.channels_last)
+        ready = _for_input_gradient(weight, row, column)
+        part = onednn.convolution(phase, ready, None, _ONE, _PADDING, _ONE)
+        own = part[:, :, 1 - row : 1 - row + height, 1 - column : 1 - column + width]
+        total = own.float() if total is None else total.add_(own)
+    assert total is not None
+    return total.to(grad.dtype, memory_format=torch.channels_last)
+
+
+def folded(weight: Tensor, row: int, column: int) -> Tensor:
+    """(N, C, 2, 2), the weights of one phase."""
+    rows = _fold(weight.detach().float(), row, 2)
+    return _fold(rows, column, 3).to(weight.dtype)
+
+
+def _fold(weight: Tensor, phase: int, dim: int) -> Tensor:
+    first, middle, last = weight.unbind(dim)
+    taps = (first + middle, last) if phase else (first, middle + last)
+    return torch.stack(taps, dim)
+
+
+def _for_forward(weight: Tensor, row: int, column: int) -> Tensor:
+    return packing.packs_of(weight).get(
+        ("upsampled forward", row, column),
+        lambda: onednn.pack_convolution(folded(weight, row, column), _ONE, _PADDING, _ONE),
+    )
+
+
+def _for_input_gradient(weight: Tensor, row: int, column: int) -> Tensor:
+    return packing.packs_of(weight).get(
+        ("upsampled input gradient", row, column),
+        lambda: onednn.pack_convolution(
+            onednn.adjoint(folded(weight, row, column)), _ONE, _PADDING, _ONE
+        ),
+    )
