@@ -15,6 +15,7 @@ from torch import Tensor
 
 from rewardprop_fast import ops
 from rewardprop_fast.ops import native
+from rewardprop_fast.ops.attention import ATTENTION
 from tests.ops.oracle import assert_as_exact_as_torch, native_missing, output_and_gradients
 
 pytestmark = pytest.mark.skipif(**native_missing())
@@ -33,6 +34,7 @@ RESULTS = """
 import sys
 import torch
 from rewardprop_fast import ops
+from rewardprop_fast.ops.attention import ATTENTION
 from rewardprop_fast.ops import native
 given, answers = torch.load(sys.argv[1]), []
 for *leaves, grad in given:
@@ -146,3 +148,21 @@ def test_the_binding_refuses_results_that_overlap_or_are_not_dense() -> None:
         native.module().attention_backward(**{**arguments, "dv": arguments["dk"]})
     with pytest.raises(ValueError, match="dq must be laid out as"):
         native.module().attention_backward(**{**arguments, "dq": (arguments["dq"][0], (0, 8, 16))})
+
+
+@pytest.mark.parametrize(
+    ("width", "dtype", "chosen"),
+    [
+        (256, torch.bfloat16, "native"),
+        (257, torch.bfloat16, "sdpa"),
+        (512, torch.bfloat16, "sdpa"),
+        (512, torch.float32, "native"),
+    ],
+)
+def test_wide_bfloat16_heads_are_left_to_pytorch(
+    width: int, dtype: torch.dtype, chosen: str
+) -> None:
+    q = torch.zeros(1, 1, 2, width, dtype=dtype)
+    assert ops.explain(ATTENTION, q, q, q, 1.0).startswith(f"{chosen} (the first that is legal")
+    with ops.backend("native", strict=True):
+        assert ops.explain(ATTENTION, q, q, q, 1.0).startswith("native (")
