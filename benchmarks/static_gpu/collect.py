@@ -47,8 +47,8 @@ SCENARIOS = (
 )
 
 
-#: Times and bytes are modelled in this dtype; kernels are compiled for the others too.
-_MODELLED = torch.bfloat16
+#: Times and bytes are modelled in the first dtype; in the others kernels are only compiled.
+_MODELLED, _COMPILED = torch.bfloat16, (torch.float16, torch.float32)
 
 
 @dataclass(frozen=True)
@@ -85,18 +85,21 @@ class Found:
     resources: dict[tuple[str, int], Resources]  # by configuration key and architecture
     operators: dict[str, set[str]]  # configuration key -> operators that launch it
     rows: list[Row]
+    refused: list[str]  # cases that have no Triton form, and why
 
 
 def record(scenarios: Iterable[Scenario]) -> list[tuple[str, CaseLaunches]]:
     """Every launch in bfloat16 on every architecture.
 
-    The other dtypes are recorded once: for SDXL on the reference card.
+    The other dtypes are recorded once for each network: on the reference card, at the first size.
     """
     found = []
+    networks = set()
     for scenario in scenarios:
         plans = [(_MODELLED, device.arch) for device in DEVICES]
-        if scenario.network == "sdxl":
-            plans += [(torch.float16, RTX_3090.arch), (torch.float32, RTX_3090.arch)]
+        if scenario.network not in networks:
+            plans += [(dtype, RTX_3090.arch) for dtype in _COMPILED]
+            networks.add(scenario.network)
         for dtype, arch in plans:
             recorded = launches.of_cases(scenario.cases(), dtype, arch)
             found += [(scenario.name, one) for one in recorded]
@@ -118,7 +121,10 @@ def collect(
     operators: dict[str, set[str]] = {}
     jobs: dict[tuple[str, int], Configuration] = {}
     distinct: dict[Any, PlainLaunch] = {}
+    refused: dict[str, None] = {}
     for _, one in recorded:
+        if one.refusal:
+            refused[f"{one.case.operator} {one.case.name}: {one.refusal}"] = None
         for launch in one.launches:
             key = launch.configuration.key
             configurations[key] = launch.configuration
@@ -133,7 +139,7 @@ def collect(
         for name, one in recorded
         if one.launches and one.dtype == _MODELLED
     ]
-    return Found(configurations, compiled, operators, rows)
+    return Found(configurations, compiled, operators, rows, list(refused))
 
 
 def _row(

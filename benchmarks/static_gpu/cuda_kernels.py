@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import re
 import shutil
 import subprocess
@@ -9,9 +11,13 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from benchmarks.static_gpu import sass
+from benchmarks.static_gpu import sass, sources
+from benchmarks.static_gpu.compiling import CACHE
 from benchmarks.static_gpu.devices import SHARED_LIMITS
 from benchmarks.static_gpu.sources import ROOT
+
+#: Optimised and rounded as csrc/cuda/CMakeLists.txt says.
+_OPTIONS = ("-O3", "-std=c++17", "--fmad=false", "--resource-usage")
 
 
 def files(root: Path = ROOT) -> list[Path]:
@@ -34,11 +40,29 @@ def version() -> str | None:
     return found[1] if found else said.strip()
 
 
-def compile_all(root: Path = ROOT) -> list[dict[str, Any]]:
-    """One row per kernel and architecture: file, kernel, arch and what it needs."""
-    return [
-        row for file in files(root) for arch in SHARED_LIMITS for row in compile_one(file, arch)
-    ]
+def compile_all(root: Path = ROOT, cache_folder: Path = CACHE) -> list[dict[str, Any]]:
+    """One row per kernel and architecture: file, kernel, arch and what it needs.
+
+    Files whose code was compiled before are taken from the cache.
+    """
+    found: list[dict[str, Any]] = []
+    for file in files(root):
+        for arch in SHARED_LIMITS:
+            place = cache_folder / "cuda" / f"{_key(file, arch, root)}.json"
+            if not place.exists():
+                place.parent.mkdir(parents=True, exist_ok=True)
+                place.write_text(json.dumps(compile_one(file, arch)))
+            found += json.loads(place.read_text())
+    return found
+
+
+def _key(file: Path, arch: int, root: Path) -> str:
+    """Of all that a result depends on; any header may be included."""
+    headers = [path for path in sources.kernel_files(root) if path.suffix in (".cuh", ".h")]
+    code = [sources.code(path) for path in (file, *headers)]
+    readers = [Path(module).read_text(encoding="utf-8") for module in (__file__, sass.__file__)]
+    parts = (file.name, str(arch), str(version()), *code, *readers)
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 
 def compile_one(file: Path, arch: int) -> list[dict[str, Any]]:
@@ -48,9 +72,8 @@ def compile_one(file: Path, arch: int) -> list[dict[str, Any]]:
         raise FileNotFoundError("nvcc is not on PATH: install the CUDA toolkit, or add it to PATH.")
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder) / "kernels.cubin"
-        # Optimised and rounded as csrc/cuda/CMakeLists.txt says.
-        command = [compiler, "-cubin", f"-arch=sm_{arch}", "-O3", "-std=c++17", "--fmad=false"]
-        command += ["--resource-usage", "-I", str(ROOT / "csrc"), "-o", str(cubin), str(file)]
+        command = [compiler, "-cubin", f"-arch=sm_{arch}", *_OPTIONS]
+        command += ["-I", str(ROOT / "csrc"), "-o", str(cubin), str(file)]
         run = subprocess.run(command, capture_output=True, text=True)
         if run.returncode:
             return [_row(file, file.name, arch, problem=run.stderr.strip()[:500])]

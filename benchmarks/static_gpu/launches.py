@@ -17,6 +17,7 @@ from torch import Tensor
 from benchmarks.cases.protocol import Case, tensors, with_leaves
 from benchmarks.static_gpu.signature import Configuration, configuration
 from rewardprop_fast import ops
+from rewardprop_fast.errors import ConfigError
 from rewardprop_fast.ops import triton_runtime
 from rewardprop_fast.ops.triton_runtime import Launch
 
@@ -62,6 +63,7 @@ class CaseLaunches:
     phase: str  # one of `PASSES`
     arch: int
     launches: tuple[PlainLaunch, ...]
+    refusal: str | None = None  # why the operator's Triton form does not take the case
 
 
 def has_triton(case: Case) -> bool:
@@ -70,13 +72,21 @@ def has_triton(case: Case) -> bool:
 
 
 def of_cases(cases: Iterable[Case], dtype: torch.dtype, arch: int) -> list[CaseLaunches]:
-    """Record both passes of each case that has a Triton form."""
-    return [
-        CaseLaunches(case, dtype, phase, arch, launches)
-        for case in cases
-        if has_triton(case)
-        for phase, launches in zip(PASSES, of_case(case, dtype, arch), strict=True)
-    ]
+    """Record both passes of each case of an operator that has a Triton form."""
+    found = []
+    for case in cases:
+        if not has_triton(case):
+            continue
+        try:
+            recorded = of_case(case, dtype, arch)
+        except ConfigError as error:  # the registry's: not legal, and why
+            found += [CaseLaunches(case, dtype, phase, arch, (), str(error)) for phase in PASSES]
+        else:
+            found += [
+                CaseLaunches(case, dtype, phase, arch, launches)
+                for phase, launches in zip(PASSES, recorded, strict=True)
+            ]
+    return found
 
 
 def of_case(case: Case, dtype: torch.dtype, arch: int) -> tuple[tuple[PlainLaunch, ...], ...]:

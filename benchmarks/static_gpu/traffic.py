@@ -19,13 +19,14 @@ import torch
 from benchmarks.static_gpu.devices import DEVICES
 from benchmarks.static_gpu.launches import PlainLaunch, TensorArgument
 
-#: So many programs are run to the end, spread over the grid by the golden ratio: masks at the edges
-#: then weigh as much as they do in the whole grid.
-_WHOLE = 3
+#: So many programs are run to the end, and so many where those are found to differ (at the edges,
+#: or because one of a row writes what all have computed). They are spread over the grid by the
+#: golden ratio, so each kind weighs nearly as much as it does in the whole grid.
+_WHOLE, _WHOLE_OF_UNLIKE = 3, 34
 
 #: Of so many programs, the first in launch order, the first tiles are looked at, as far as so many
-#: reads show them.
-_LOOKED_AT, _READS = 132, 16
+#: reads show them: some turn to a tensor only after a loop over another.
+_LOOKED_AT, _READS = 132, 400
 
 _SMALLEST_L2 = min(device.l2_bytes for device in DEVICES)
 
@@ -60,8 +61,7 @@ class Traffic:
 
 def traffic(launch: PlainLaunch) -> Traffic:
     """Run a few programs of the launch and count."""
-    spread = (int(launch.programs * ((0.5 + 0.618034 * i) % 1)) for i in range(_WHOLE))
-    traces = [_whole(launch, program) for program in sorted(set(spread))]
+    traces = _traces(launch)
     storages: dict[int, str] = {}
     for name, argument in launch.arguments.items():
         if isinstance(argument, TensorArgument):
@@ -89,6 +89,19 @@ def traffic(launch: PlainLaunch) -> Traffic:
     return Traffic(launch.programs, flops, operand, streams)
 
 
+def _traces(launch: PlainLaunch) -> list[_Counter]:
+    """Of programs that stand for the whole grid."""
+    found: dict[int, _Counter] = {}
+    for count in (_WHOLE, _WHOLE_OF_UNLIKE):
+        for i in range(count):
+            program = int(launch.programs * ((0.5 + 0.618034 * i) % 1))
+            if program not in found:
+                found[program] = _whole(launch, program)
+        if len({trace.amounts for trace in found.values()}) == 1:
+            break
+    return list(found.values())
+
+
 @dataclass
 class _Access:
     """One program's accesses to one storage.
@@ -113,6 +126,12 @@ class _Counter:
     flops: float = 0.0
     operand: str = ""
     forms: dict[tuple[int, int, int], int] = field(default_factory=dict)
+
+    @property
+    def amounts(self) -> tuple[Any, ...]:
+        """What programs that do the same have in common."""
+        each = ((n, a.read_bytes, a.written_bytes) for n, a in self.accesses.items())
+        return (self.flops, *sorted(each))
 
     def load(self, pointers: Any, mask: Any, other: Any, *_: Any) -> Any:
         from triton.runtime.interpreter import TensorHandle, _get_np_dtype

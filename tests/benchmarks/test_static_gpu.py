@@ -135,6 +135,8 @@ def _row(**changes: Any) -> dict[str, Any]:
         "case": "a case",
         "dtype": "bfloat16",
         "device": "RTX 3090",
+        "kernels": ["a_kernel"],
+        "bound": "memory",
         "bytes_over_floor": 1.0,
         "flops": 100.0,
         "matmul_flops": 100.0,
@@ -162,11 +164,22 @@ def test_missing_tensor_instructions_and_copies_are_caught() -> None:
     assert "no asynchronous copy" in gates.of_resources("k", 86, 3, asdict(plain))[0]
 
 
-def test_every_exemption_has_a_reason_and_a_limit() -> None:
-    for exemption in gates.EXEMPTIONS:
-        assert len(exemption.reason) > 20
-        assert gates.BYTES_OVER_FLOOR < exemption.at_most < 10
-        assert gates.allowed(exemption.operator, exemption.phase) == exemption.at_most
+def test_an_exemption_holds_for_what_it_names_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    exemption = gates.Exemption(
+        "geglu", "backward", "a_kernel", 1.5, "because", case="a case", bound="compute"
+    )
+    monkeypatch.setattr(gates, "EXEMPTIONS", (exemption,))
+    row = _row(operator="geglu", phase="backward", bound="compute", bytes_over_floor=1.5)
+    assert gates.of_pass(row) == []
+    for other in (
+        {"bytes_over_floor": 1.51},
+        {"operator": "group_norm_silu"},
+        {"phase": "forward"},
+        {"kernels": ["another_kernel"]},
+        {"case": "another"},
+        {"bound": "memory"},
+    ):
+        assert len(gates.of_pass({**row, **other})) == 1, other
 
 
 # --- reading machine code ---
@@ -252,6 +265,17 @@ def test_a_second_reading_is_seen(
     launch, _ = compiled(partial(toy_kernels.launch_twice, 10_000_000, 4096))
     stream = counted(launch).streams["x"]
     assert stream.read == 2 * stream.read_distinct > 0
+
+
+def test_programs_that_are_unlike_are_counted_by_their_share(
+    compiled: Callable[..., Any], counted: Callable[..., Traffic]
+) -> None:
+    launch, _ = compiled(partial(toy_kernels.launch_one_of_five, 200, 64))
+    found = counted(launch)
+    assert found.programs == 1000
+    assert found.streams["x"].read == 64 * 2
+    written = found.streams["sums"].written * found.programs
+    assert written == pytest.approx(200 * 4, rel=0.05)
 
 
 # --- the model ---

@@ -60,6 +60,15 @@ def twice(x, y, count, BLOCK: tl.constexpr):
     tl.store(y + block, (again / total).to(y.dtype.element_ty), mask=block < count)
 
 
+@triton.jit
+def one_of_five_writes(x, sums, BLOCK: tl.constexpr):
+    """Five programs read a block of x each; the first of them writes something about it."""
+    block = tl.program_id(0) // 5
+    values = tl.load(x + block * BLOCK + tl.arange(0, BLOCK)).to(tl.float32)
+    if tl.program_id(0) % 5 == 0:
+        tl.store(sums + block, tl.sum(values))
+
+
 def launch_matmul(
     m: int,
     n: int,
@@ -100,4 +109,12 @@ def launch_twice(count: int, block: int) -> None:
     x, y = (torch.empty(count, dtype=torch.bfloat16, device="meta") for _ in range(2))
     triton_runtime.launch(
         twice, (-(-count // block),), {"x": x, "y": y, "count": count}, {"BLOCK": block}
+    )
+
+
+def launch_one_of_five(blocks: int, block: int) -> None:
+    x = torch.empty(blocks * block, dtype=torch.bfloat16, device="meta")
+    sums = torch.empty(blocks, dtype=torch.float32, device="meta")
+    triton_runtime.launch(
+        one_of_five_writes, (5 * blocks,), {"x": x, "sums": sums}, {"BLOCK": block}
     )

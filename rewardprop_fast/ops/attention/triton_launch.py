@@ -19,7 +19,7 @@ from rewardprop_fast.ops.triton_runtime import launch
 
 #: With so many keys or fewer, all of them are held at once.
 _RESIDENT_KEYS = 128
-#: Wider heads' dK and dV for all keys do not fit into registers.
+#: Wider heads' dK and dV for all keys do not fit into registers, nor do those of float32.
 _RESIDENT_WIDTH = 64
 _RESIDENT_FORWARD_WIDTH = 160
 #: So many queries share one partial dK and dV: its traffic stays a fifth of what must move anyway.
@@ -43,7 +43,7 @@ class Tiles:
 def forward(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     out = token_major(q)
     lse = q.new_empty(q.shape[:-1], dtype=torch.float32)
-    resident = k.shape[2] <= _RESIDENT_KEYS and q.shape[3] <= _RESIDENT_FORWARD_WIDTH
+    resident = _fits_resident_forward(q, k)
     tiles = _resident_forward_tiles(q) if resident else _forward_tiles(q)
     across = triton.cdiv(q.shape[2], tiles.m)
     unit = _unit(q, k, v, out)
@@ -83,7 +83,7 @@ def backward(
     grads = gradients_like(q, k, v, needed)
     if q.shape[2] == 0:
         return tuple(gradient.zero_() for gradient in grads)  # type: ignore[return-value]
-    if k.shape[2] <= _RESIDENT_KEYS and q.shape[3] <= _RESIDENT_WIDTH:
+    if _fits_resident_backward(q, k):
         _backward_resident(grad, q, k, v, out, lse, scale, needed, grads)
         return grads
     delta = torch.empty_like(lse)
@@ -143,7 +143,7 @@ def _grad_keys(
             "tiles": across,
         },
         {
-            **_parts(q.shape[3]),
+            **_grad_keys_parts(q),
             "M": tiles.m,
             "N": tiles.n,
             "UNIT": unit,
@@ -203,7 +203,7 @@ def _backward_resident(
     needed: Needed,
     grads: tuple[Tensor, Tensor, Tensor],
 ) -> None:
-    tiles = _resident_backward_tiles(q)
+    tiles = _RESIDENT_BACKWARD_TILES
     batch, heads, queries, width = q.shape
     rows = _CHUNK_ROWS if needed[1] or needed[2] else tiles.m
     chunk_rows = triton.cdiv(triton.cdiv(queries, max(1, queries // rows)), tiles.m) * tiles.m
@@ -289,6 +289,13 @@ def _parts(width: int) -> dict[str, int]:
     return {"D": width, "A": a, "B": b}
 
 
+def _grad_keys_parts(q: Tensor) -> dict[str, int]:
+    """In float32 a width such as 80, split, spills with every tile; filled up it does not."""
+    width = q.shape[3]
+    padded = q.dtype == torch.float32 and 64 < width <= 128
+    return {"D": width, "A": 128, "B": 0} if padded else _parts(width)
+
+
 def _resident_parts(k: Tensor) -> dict[str, int]:
     n, n2 = _split(k.shape[2])
     return {"N": n, "N2": n2}
@@ -313,11 +320,26 @@ def _precision(q: Tensor) -> str:
 
 # --- tiles ---
 
+#: Of the backward pass with all keys resident.
+_RESIDENT_BACKWARD_TILES = Tiles(32, 0, 8, 1)
+
+
+def _fits_resident_forward(q: Tensor, k: Tensor) -> bool:
+    widest = _RESIDENT_WIDTH if q.dtype == torch.float32 else _RESIDENT_FORWARD_WIDTH
+    return k.shape[2] <= _RESIDENT_KEYS and q.shape[3] <= widest
+
+
+def _fits_resident_backward(q: Tensor, k: Tensor) -> bool:
+    fits = k.shape[2] <= _RESIDENT_KEYS and q.shape[3] <= _RESIDENT_WIDTH
+    return fits and q.dtype != torch.float32
+
 
 def _forward_tiles(q: Tensor) -> Tiles:
     width = q.shape[3]
     if q.dtype == torch.float32:
-        return Tiles(64, 32, 4, 1) if width <= 80 else Tiles(32, 16, 4, 1)
+        if width <= 64:
+            return Tiles(64, 32, 4, 1)
+        return Tiles(64, 16, 4, 1) if width <= 96 else Tiles(16, 16, 8, 1)
     if width <= 96:
         return Tiles(128, 64, 8, 2)
     if width <= 160:
@@ -330,7 +352,9 @@ def _forward_tiles(q: Tensor) -> Tiles:
 def _grad_keys_tiles(q: Tensor) -> Tiles:
     width = q.shape[3]
     if q.dtype == torch.float32:
-        return Tiles(32, 32, 4, 1) if width <= 80 else Tiles(16, 16, 4, 1)
+        if width <= 48:
+            return Tiles(16, 32, 4, 1)
+        return Tiles(32, 32, 4, 1) if width <= 64 else Tiles(16, 16, 8, 1)
     if width <= 48:
         return Tiles(64, 64, 4, 2)
     if width <= 64:
@@ -347,7 +371,9 @@ def _grad_keys_tiles(q: Tensor) -> Tiles:
 def _grad_queries_tiles(q: Tensor) -> Tiles:
     width = q.shape[3]
     if q.dtype == torch.float32:
-        return Tiles(32, 32, 4, 1) if width <= 80 else Tiles(16, 16, 4, 1)
+        if width <= 64:
+            return Tiles(32, 32, 4, 1)
+        return Tiles(32, 16, 4, 1) if width <= 96 else Tiles(16, 16, 4, 1)
     if width <= 64:
         return Tiles(64, 64, 4, 2)
     if width <= 160:
@@ -361,9 +387,3 @@ def _resident_forward_tiles(q: Tensor) -> Tiles:
     if q.dtype == torch.float32:
         return Tiles(32, 0, 4, 1)
     return Tiles(64, 0, 4, 1)
-
-
-def _resident_backward_tiles(q: Tensor) -> Tiles:
-    if q.dtype == torch.float32:
-        return Tiles(16, 0, 8, 1)
-    return Tiles(32, 0, 8, 1)

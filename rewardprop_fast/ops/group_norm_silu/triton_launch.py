@@ -67,6 +67,13 @@ class _Plan:
     def whole_warps(self) -> int:
         return min(max(prod(self.whole_tile) // 512, 1), 16)
 
+    @property
+    def whole_backward_warps(self) -> int:
+        """Twice as many for wide groups of full size, which on 9.0 spill otherwise; narrow ones
+        would spill with twice as many."""
+        positions, channels = self.whole_tile
+        return 32 if positions * channels == _WHOLE and channels >= 64 else self.whole_warps
+
     # --- sliced ---
 
     @property
@@ -209,7 +216,7 @@ def _input_gradient(
             groups,
             {**tensors, "grad_x": grad_x, "sums": sums, **plan.sizes, **batch},
             _tiled(plan, plan.whole_tile, SILU=silu, WIDTH_D=plan.width_D),
-            num_warps=plan.whole_warps,
+            num_warps=plan.whole_backward_warps,
         )
         return
 
@@ -241,6 +248,7 @@ def _input_gradient(
             plan.sliced_grid,
             {**tensors, "group_means": group_means, "grad_x": grad_x, **plan.sizes, **slices},
             _tiled(plan, plan.tile, SILU=silu),
+            num_warps=8,  # with four, the compiler aims at more programs at once and spills
         )
 
 
