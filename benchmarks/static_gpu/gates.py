@@ -66,7 +66,8 @@ EXEMPTIONS: tuple[Exemption, ...] = (
         "backward_resident_kernel",
         1.37,
         _PRODUCTS_DECIDE + "Each group of queries writes its part of dK and dV in float32, and a "
-        "second kernel adds them, since there are no atomics; their number is not fitted to the GPU.",
+        "second kernel adds them, since there are no atomics; their number is not fitted to the "
+        "GPU.",
         bound="compute",
     ),
     Exemption(
