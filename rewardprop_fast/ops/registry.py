@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 import torch
@@ -27,6 +28,8 @@ from rewardprop_fast.errors import ConfigError
 BACKENDS = ("auto", "native", "triton", "cuda", "sdpa", "xformers", "reference")
 
 ENVIRONMENT_VARIABLE = "REWARDPROP_BACKEND"
+
+_FIRST = "the first that is legal here"
 
 
 @dataclass(frozen=True)
@@ -171,12 +174,22 @@ def choose(operator: Operator, *args: Any) -> Choice:
 
     Raises ConfigError where a strict wish cannot be met.
     """
-    choice = _choose(operator, args)
     observations = _observations.get()
+    if observations is None and current() is _AUTO:
+        first = operator.implementations[0]
+        if first.why_not(*args) is None:
+            return _first_choice(first)
+    choice = _choose(operator, args)
     if observations is not None:
         observations.append(Observation(operator.name, args, choice))
         raise Observed
     return choice
+
+
+@cache
+def _first_choice(implementation: Implementation) -> Choice:
+    """Of an implementation that is the first, legal and not asked for: the usual case."""
+    return Choice(implementation, _FIRST, {})
 
 
 def _choose(operator: Operator, args: tuple[Any, ...]) -> Choice:
@@ -189,9 +202,7 @@ def _choose(operator: Operator, args: tuple[Any, ...]) -> Choice:
             continue
         problem = implementation.why_not(*args)
         if problem is None:
-            reason = (
-                "the first that is legal here" if wanted == "auto" else f"{wish.origin} asks for it"
-            )
+            reason = _FIRST if wanted == "auto" else f"{wish.origin} asks for it"
             return Choice(implementation, reason, rejected)
         rejected[implementation.backend] = problem
     return _instead(operator, wish, wanted, rejected)
