@@ -1,6 +1,6 @@
 # One target per daily act. The first call makes .venv and installs into it; later calls start at once.
 #
-#   make demo     fine-tune the bundled model and show before and after (about 5 minutes on 2 cores)
+#   make demo     fine-tune the bundled model and show before and after (about 3 minutes on 2 cores, once installed)
 #   make test     run the tests               (make test ARGS="tests/ops -k bf16" for some of them)
 #   make lint     check format, style, types   make format   put the format right
 #   make sanitize run the operators' tests on CPU kernels that AddressSanitizer watches
