@@ -49,9 +49,7 @@ def check_frozen(operator: str, weight: Tensor, bias: Tensor | None) -> None:
 
 def check_base(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
     """x, weight and bias of a linear layer or a 1x1 convolution fit each other."""
-    if x.dtype not in _DTYPES:
-        names = ", ".join(str(dtype).removeprefix("torch.") for dtype in _DTYPES)
-        raise ValueError(f"x has dtype {x.dtype}; allowed are {names}.")
+    check_dtype(x)
     if weight.dim() == 4:
         if tuple(weight.shape[2:]) != (1, 1):
             raise ValueError(
@@ -74,6 +72,18 @@ def check_base(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
             )
     if 0 in weight.shape:
         raise ValueError(f"weight has shape {tuple(weight.shape)}; no size may be 0.")
+    check_alike(x, weight, bias)
+
+
+def check_dtype(x: Tensor) -> None:
+    """x is of one of the dtypes that networks compute in, or float64."""
+    if x.dtype not in _DTYPES:
+        names = ", ".join(str(dtype).removeprefix("torch.") for dtype in _DTYPES)
+        raise ValueError(f"x has dtype {x.dtype}; allowed are {names}.")
+
+
+def check_alike(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    """The bias has a number for each output; weight and bias are of x's dtype, on its device."""
     if bias is not None and tuple(bias.shape) != (weight.shape[0],):
         raise ValueError(
             f"bias has shape {tuple(bias.shape)}; with a weight {tuple(weight.shape)} it must be "

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from rewardprop_fast.ops.frozen_conv2d import native, reference
 from rewardprop_fast.ops.images import is_channels_last, memory_format
-from rewardprop_fast.ops.pointwise import check_device, check_frozen
+from rewardprop_fast.ops.pointwise import check_alike, check_dtype, check_frozen
 from rewardprop_fast.ops.registration import define, differentiable
 from rewardprop_fast.ops.registry import Implementation, Operator, choose
 
@@ -39,8 +39,6 @@ FROZEN_CONV2D = Operator(
     ),
     _example,
 )
-
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 Pair = int | Sequence[int]
 
@@ -226,9 +224,7 @@ def _check(
     dilation: Sequence[int],
     groups: int,
 ) -> None:
-    if x.dtype not in _DTYPES:
-        names = ", ".join(str(dtype).removeprefix("torch.") for dtype in _DTYPES)
-        raise ValueError(f"x has dtype {x.dtype}; allowed are {names}.")
+    check_dtype(x)
     if weight.dim() != 4 or 0 in weight.shape:
         raise ValueError(
             f"weight has shape {tuple(weight.shape)}; expected (N, C / groups, kh, kw), no size 0."
@@ -253,14 +249,4 @@ def _check(
             f"x is {x.shape[2]} x {x.shape[3]}; with padding {tuple(padding)} that is smaller than "
             f"the reach of the weight {tuple(weight.shape)} at dilation {tuple(dilation)}."
         )
-    if bias is not None and tuple(bias.shape) != (weight.shape[0],):
-        raise ValueError(
-            f"bias has shape {tuple(bias.shape)}; with a weight {tuple(weight.shape)} it must be "
-            f"({weight.shape[0]},)."
-        )
-    for name, tensor in (("weight", weight), ("bias", bias)):
-        if tensor is None:
-            continue
-        if tensor.dtype != x.dtype:
-            raise ValueError(f"{name} has dtype {tensor.dtype}; it must be that of x, {x.dtype}.")
-        check_device(name, tensor, x)
+    check_alike(x, weight, bias)

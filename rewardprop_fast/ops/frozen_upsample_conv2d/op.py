@@ -18,7 +18,7 @@ from torch import Tensor
 
 from rewardprop_fast.ops.frozen_upsample_conv2d import native, reference
 from rewardprop_fast.ops.images import is_channels_last, memory_format
-from rewardprop_fast.ops.pointwise import check_device, check_frozen
+from rewardprop_fast.ops.pointwise import check_alike, check_dtype, check_frozen
 from rewardprop_fast.ops.registration import define, differentiable
 from rewardprop_fast.ops.registry import Implementation, Operator, choose
 
@@ -38,8 +38,6 @@ FROZEN_UPSAMPLE_CONV2D = Operator(
     ),
     _example,
 )
-
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def frozen_upsample_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -134,9 +132,7 @@ _FUNCTION = differentiable(_FORWARD, _save, _gradients)
 
 
 def _check(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
-    if x.dtype not in _DTYPES:
-        names = ", ".join(str(dtype).removeprefix("torch.") for dtype in _DTYPES)
-        raise ValueError(f"x has dtype {x.dtype}; allowed are {names}.")
+    check_dtype(x)
     if weight.dim() != 4 or tuple(weight.shape[2:]) != (3, 3) or 0 in weight.shape:
         raise ValueError(
             f"weight has shape {tuple(weight.shape)}; expected (N, C, 3, 3), no size 0."
@@ -146,14 +142,4 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
             f"x has shape {tuple(x.shape)}; with a weight {tuple(weight.shape)} it must be "
             f"(B, {weight.shape[1]}, H, W), H and W at least 1."
         )
-    if bias is not None and tuple(bias.shape) != (weight.shape[0],):
-        raise ValueError(
-            f"bias has shape {tuple(bias.shape)}; with a weight {tuple(weight.shape)} it must be "
-            f"({weight.shape[0]},)."
-        )
-    for name, tensor in (("weight", weight), ("bias", bias)):
-        if tensor is None:
-            continue
-        if tensor.dtype != x.dtype:
-            raise ValueError(f"{name} has dtype {tensor.dtype}; it must be that of x, {x.dtype}.")
-        check_device(name, tensor, x)
+    check_alike(x, weight, bias)
