@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import csv
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -125,7 +126,7 @@ def main() -> None:
         if arguments.operators is None or case.operator in arguments.operators
         for dtype in arguments.dtypes
     ]
-    console = Console()
+    console = Console(width=None if sys.stdout.isatty() else 150)  # a log cuts no column
     rows: list[dict[str, Any]] = []
     with Progress(console=console) as progress:
         task = progress.add_task("", total=len(work))

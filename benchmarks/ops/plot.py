@@ -33,5 +33,5 @@ def draw(source: Path, target: Path) -> None:
         axis.spines[["top", "right"]].set_visible(False)
     figure.suptitle(f"one thread, {found['device']}", fontsize=8, y=0.995)
     figure.tight_layout()
-    figure.savefig(target, dpi=150)
+    figure.savefig(target, dpi=90)
     plt.close(figure)

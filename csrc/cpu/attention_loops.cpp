@@ -173,8 +173,11 @@ float dot_row(const T* __restrict a, const T* __restrict b, std::int64_t width) 
 // Scores become weights 2^(factor score - lse2), and dP becomes dS = P (dP - delta).
 void weigh_row_backward(float* __restrict scores, float* __restrict dscores, std::int64_t padded,
                         float factor, float lse2, float delta) {
+    // Rounded before the subtraction, as the forward pass has it: where scores are large, weights
+    // of both passes would otherwise differ from key to key, and dS no longer sum up to zero.
+    for (std::int64_t i = 0; i < padded; ++i) scores[i] *= factor;
     for (std::int64_t i = 0; i < padded; ++i) {
-        const float weight = power(scores[i] * factor - lse2);
+        const float weight = power(scores[i] - lse2);
         scores[i] = weight;
         dscores[i] = weight * (dscores[i] - delta);
     }

@@ -21,6 +21,7 @@ from tests.ops.oracle import (
     kept_for_backward,
     laid_out,
     poisoned,
+    relative_error,
 )
 
 OP = torch.ops.rewardprop_fast.attention.default
@@ -252,6 +253,46 @@ def test_scores_beyond_half_precision_do_not_overflow(backend: str, dtype: torch
     torch.testing.assert_close(
         ours.double(), exact, atol=2 * torch.finfo(dtype).eps, rtol=torch.finfo(dtype).eps
     )
+
+
+@each_form
+@pytest.mark.parametrize("first", [-400.0, -float("inf")])
+def test_a_later_key_may_outweigh_all_before_it(
+    first: float, backend: str, dtype: torch.dtype
+) -> None:
+    """By more than an exponential holds, and the first may weigh nothing at all."""
+    q, k, v = inputs((1, 2, 37, 300, 8), dtype)
+    q[..., 0], k[..., 0] = 1.0, first
+    k[..., -5:, 0] = 0.0
+    with ops.backend(backend, strict=True):
+        ours = ops.attention(q, k, v, scale=1.0)
+    exact = F.scaled_dot_product_attention(q.double(), k.double(), v.double(), scale=1.0)
+    assert exact.isfinite().all()
+    assert relative_error(ours, exact) < 2 * torch.finfo(dtype).eps
+
+
+@each_form
+@pytest.mark.parametrize("keys", [41, 77])
+def test_all_scores_may_lie_far_below_zero(keys: int, backend: str, dtype: torch.dtype) -> None:
+    """exp(-LSE) is infinite then, also for the keys that fill up a tile."""
+    q, k, v = inputs((1, 2, 37, keys, 8), dtype)
+    q[..., 0], k[..., 0] = 1.0, -400.0
+    compare(backend, (q, k, v), torch.randn(q.shape), 1.0)
+
+
+@each_form
+@pytest.mark.parametrize("keys", [77, 300])
+def test_each_tensor_may_lie_in_memory_in_its_own_way(
+    keys: int, backend: str, dtype: torch.dtype
+) -> None:
+    """Also from tile to tile."""
+    q, k, v = inputs((1, 2, 70, keys, 8), dtype)
+    leaves = (
+        as_laid_out(q, "contiguous"),
+        as_laid_out(k, "channels_last"),
+        as_laid_out(v, "contiguous"),
+    )
+    compare(backend, leaves, as_laid_out(torch.randn(q.shape), "strided"), 0.3)
 
 
 @pytest.mark.parametrize("backend", ["reference", "auto"])
