@@ -69,7 +69,7 @@ def main(arguments: list[str]) -> int:
     )
     if found.stdout.strip() != str(module):
         raise SystemExit(f"error: {found.stdout.strip()} is used, not {module}")
-    # Python's output alone is captured: a sanitizer ends the process, and what it said must be seen.
+    # Only Python's output is captured: a sanitizer ends the process, and its words must be seen.
     options = ["-p", "no:cacheprovider", "--capture=sys"]
     command = [sys.executable, "-m", "pytest", *options, *(arguments or TESTS)]
     return subprocess.run(command, cwd=ROOT, env=environment).returncode
