@@ -26,9 +26,8 @@ def serve(connection: Connection, device_type: str, source: str, notes: str) -> 
     ``notes`` is a file for the stack of a job that hangs: (seconds, Job) comes, and shortly before
     the seconds are over the stack is written.
     """
-    warnings.simplefilter(
-        "ignore"
-    )  # nothing anybody could act on, between the progress bar's lines
+    # Nothing anybody could act on, and it would stand between the progress bar's lines.
+    warnings.simplefilter("ignore")
     device = DEVICES[device_type]()
     device.prepare()
     groups = load(source)

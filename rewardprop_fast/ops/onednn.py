@@ -16,6 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+#: Below, a convolution's weight is so small that bringing it into another layout costs nothing.
+LEAST_CHANNELS = 16
+
 
 def linear(x_MK: Tensor, weight_NK: Tensor, bias: Tensor | None) -> Tensor:
     """x W^T + b of dense rows; the weight may be a transposed view."""
@@ -53,6 +56,18 @@ def pack_convolution(
 def adjoint(weight: Tensor) -> Tensor:
     """(C, N, kh, kw), flipped: for stride 1, the convolution with it is the input gradient."""
     return weight.flip(2, 3).transpose(0, 1).contiguous()
+
+
+def why_not_image(read: Tensor) -> str | None:
+    """None where a packed convolution can read this image, otherwise why not."""
+    if read.device.type != "cpu":
+        return f"it runs on the CPU, the tensors are on {read.device}"
+    missing = why_not_convolution(read.dtype)
+    if missing is not None:
+        return missing
+    if not read.is_contiguous(memory_format=torch.channels_last):
+        return "x is not in channels_last memory"
+    return None
 
 
 @cache

@@ -3,7 +3,7 @@
 The cheapest boundary torch offers, about half the cost of ``torch.library.custom_op`` with
 ``register_autograd``: define and impl, a fake kernel, one ``autograd.Function``. And where nobody
 listens between the caller and the kernel (no compiler, no mode, no profiler, plain tensors), not
-even that: `Boundary` calls the kernel itself, which halves the cost of small calls.
+even that: `Boundary` calls the kernel itself, which saves 5 to 10 microseconds a call.
 """
 
 from __future__ import annotations
@@ -47,6 +47,7 @@ class Boundary:
 
     def __init__(self, overload: Any, kernel: Callable[..., Any]) -> None:
         self.overload = overload
+        self.redispatch = overload.redispatch
         self.kernel = kernel
         self.function: Any = None
 
@@ -58,7 +59,7 @@ class Boundary:
             if self.function is None:
                 return self.overload(*args)
             return self.function.apply(None, *args)
-        return _without_autograd(self.kernel, args)
+        return _below_autograd(self, None, args)
 
 
 def _is_unobserved(args: tuple[Any, ...]) -> bool:
@@ -109,15 +110,10 @@ def differentiable(
         The Function that is applied where a gradient is needed.
     """
 
-    operator = boundary.overload
-
     def forward(ctx: Any, keyset: Any, *args: Any) -> Any:
         ctx.set_materialize_grads(False)
         ctx.wish = registry.current()
-        if keyset is None:
-            output = _without_autograd(boundary.kernel, args)
-        else:
-            output = _below_autograd(operator, keyset, args)
+        output = _below_autograd(boundary, keyset, args)
         if isinstance(output, list):  # a schema's Tensor[]: a Function knows tuples alone
             output = tuple(output)
         save(ctx, args, output)
@@ -131,7 +127,7 @@ def differentiable(
         with registry.under(ctx.wish):
             return (None, *gradients(_Arguments(ctx), *grads))
 
-    name = operator._schema.name.partition("::")[2]
+    name = boundary.overload._schema.name.partition("::")[2]
     function: Any = type(
         f"{name}_function",
         (torch.autograd.Function,),
@@ -142,7 +138,7 @@ def differentiable(
         # Function.apply makes a node even where nothing needs one; the no-grad prefix goes past it.
         if _needs_gradient(args):
             return function.apply(keyset, *args)
-        return _below_autograd(operator, keyset, args)
+        return _below_autograd(boundary, keyset, args)
 
     _library.impl(name, autograd, "Autograd", with_keyset=True)
     boundary.function = function
@@ -160,17 +156,13 @@ class _Arguments:
         return getattr(self._ctx, name)
 
 
-def _below_autograd(operator: Any, keyset: Any, args: tuple[Any, ...]) -> Any:
-    """Run the kernel, whose operations autograd does not see.
+def _below_autograd(boundary: Boundary, keyset: Any, args: tuple[Any, ...]) -> Any:
+    """Run the kernel, whose operations autograd does not see; without dispatch keys, at once.
 
     Nor does its tracking of views: an output that is a reshaped intermediate result is a tensor of
     its own to the caller, who may write into it (peft does, where a batch mixes adapters).
     """
     with torch._C._AutoDispatchBelowAutograd(), torch._C._ExcludeDispatchKeyGuard(_VIEW_TRACKING):
-        return operator.redispatch(keyset & _BELOW_VIEW_TRACKING, *args)
-
-
-def _without_autograd(kernel: Callable[..., Any], args: tuple[Any, ...]) -> Any:
-    """As `_below_autograd`, past the dispatcher."""
-    with torch._C._AutoDispatchBelowAutograd(), torch._C._ExcludeDispatchKeyGuard(_VIEW_TRACKING):
-        return kernel(*args)
+        if keyset is None:
+            return boundary.kernel(*args)
+        return boundary.redispatch(keyset & _BELOW_VIEW_TRACKING, *args)

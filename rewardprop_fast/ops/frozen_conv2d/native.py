@@ -15,9 +15,6 @@ from torch import Tensor
 from rewardprop_fast.ops import onednn, packing
 from rewardprop_fast.ops.frozen_conv2d import packed, reference
 
-#: Below, a weight is so small that bringing it into another layout costs nothing.
-_LEAST_CHANNELS = 16
-
 #: From here on the weight's share of the work is below a twentieth: a copy of it would not pay.
 _MOST_POSITIONS = 8192
 
@@ -35,19 +32,15 @@ def why_not(
 
     ``read`` is the image that is convolved: x in the forward pass, dY for the input gradient.
     """
-    if read.device.type != "cpu":
-        return f"it runs on the CPU, the tensors are on {read.device}"
-    missing = onednn.why_not_convolution(read.dtype)
-    if missing is not None:
-        return missing
-    if not read.is_contiguous(memory_format=torch.channels_last):
-        return "x is not in channels_last memory"
+    problem = onednn.why_not_image(read)
+    if problem is not None:
+        return problem
     if groups != 1:
         return f"there are {groups} groups, it takes one"
     if tuple(stride) != (1, 1) and _is_pointwise(weight):
         return "it is 1x1 with a stride"
-    if min(weight.shape[:2]) < _LEAST_CHANNELS:
-        return f"it pays from {_LEAST_CHANNELS} channels on both sides"
+    if min(weight.shape[:2]) < onednn.LEAST_CHANNELS:
+        return f"it pays from {onednn.LEAST_CHANNELS} channels on both sides"
     positions = read.shape[0] * math.prod(read.shape[2:])
     if not 0 < positions < _MOST_POSITIONS:
         return f"it pays below {_MOST_POSITIONS} pixels, there are {positions}"

@@ -22,9 +22,6 @@ from torch import Tensor
 
 from rewardprop_fast.ops import onednn, packing
 
-#: Below, oneDNN's packed convolutions do not pay; see frozen_conv2d.
-_LEAST_CHANNELS = 16
-
 _ONE, _PADDING = [1, 1], [1, 1]
 _PHASES = ((0, 0), (0, 1), (1, 0), (1, 1))
 
@@ -34,15 +31,11 @@ def why_not(read: Tensor, weight: Tensor, bias: Tensor | None) -> str | None:
 
     ``read`` is x in the forward pass, dY for the input gradient.
     """
-    if read.device.type != "cpu":
-        return f"it runs on the CPU, the tensors are on {read.device}"
-    missing = onednn.why_not_convolution(read.dtype)
-    if missing is not None:
-        return missing
-    if not read.is_contiguous(memory_format=torch.channels_last):
-        return "x is not in channels_last memory"
-    if min(weight.shape[:2]) < _LEAST_CHANNELS:
-        return f"it pays from {_LEAST_CHANNELS} channels on both sides"
+    problem = onednn.why_not_image(read)
+    if problem is not None:
+        return problem
+    if min(weight.shape[:2]) < onednn.LEAST_CHANNELS:
+        return f"it pays from {onednn.LEAST_CHANNELS} channels on both sides"
     if read.numel() == 0:
         return "there are 0 pixels"
     return packing.why_not(weight)
