@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from diffusers.models.activations import GEGLU
+from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
@@ -131,6 +132,70 @@ class FastTransformer2DModel(Transformer2DModel):
         if not self.use_linear_projection:
             image = self.proj_out(image)
         return image + residual
+
+
+class FastBasicTransformerBlock(BasicTransformerBlock):
+    """Its three parts as methods: each may be kept, recomputed or offloaded by a memory plan.
+
+    Each takes the residual stream and adds to it, so that what is between two of them is one
+    tensor, which the normalisation after it keeps anyway.
+    """
+
+    @staticmethod
+    def why_not(block: BasicTransformerBlock) -> str | None:
+        if block.norm_type != "layer_norm":
+            return f"its normalisation is {block.norm_type}"
+        if block.pos_embed is not None:
+            return "it adds positions"
+        if block.attn2 is None:
+            return "it has no cross-attention"
+        if hasattr(block, "fuser"):
+            return "it attends to grounding boxes"
+        return None
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        encoder_hidden_states: Tensor | None = None,
+        encoder_attention_mask: Tensor | None = None,
+        timestep: Any = None,
+        cross_attention_kwargs: Any = None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Tensor:
+        if (
+            attention_mask is not None
+            or encoder_attention_mask is not None
+            or cross_attention_kwargs
+            or self._chunk_size is not None
+        ):
+            return super().forward(
+                hidden_states,
+                attention_mask,
+                encoder_hidden_states,
+                encoder_attention_mask,
+                timestep,
+                cross_attention_kwargs,
+                *args,
+                **kwargs,
+            )
+        given = encoder_hidden_states if self.only_cross_attention else None
+        hidden_states = self.self_attention(hidden_states, given)
+        hidden_states = self.cross_attention(hidden_states, encoder_hidden_states)
+        return self.feed_forward(hidden_states)
+
+    def self_attention(self, hidden_states: Tensor, context: Tensor | None) -> Tensor:
+        """(B, L, C) -> (B, L, C); context (B, M, D) where the block attends to nothing else."""
+        return self.attn1(self.norm1(hidden_states), context) + hidden_states
+
+    def cross_attention(self, hidden_states: Tensor, context: Tensor | None) -> Tensor:
+        """(B, L, C), context (B, M, D) -> (B, L, C)."""
+        return self.attn2(self.norm2(hidden_states), context) + hidden_states
+
+    def feed_forward(self, hidden_states: Tensor) -> Tensor:
+        """(B, L, C) -> (B, L, C)."""
+        return self.ff(self.norm3(hidden_states)) + hidden_states
 
 
 class FastAttention(Attention):

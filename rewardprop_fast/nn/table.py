@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from diffusers.models.activations import GEGLU
+from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.attention_processor import Attention
 from diffusers.models.autoencoders.vae import Decoder, Encoder
 from diffusers.models.resnet import ResnetBlock2D
@@ -60,6 +61,11 @@ REPLACEMENTS = (
     Replacement(Upsample2D, blocks.FastUpsample2D, blocks.FastUpsample2D.why_not),
     Replacement(
         Transformer2DModel, blocks.FastTransformer2DModel, blocks.FastTransformer2DModel.why_not
+    ),
+    Replacement(
+        BasicTransformerBlock,
+        blocks.FastBasicTransformerBlock,
+        blocks.FastBasicTransformerBlock.why_not,
     ),
     Replacement(Attention, blocks.FastAttention, blocks.FastAttention.why_not),
     Replacement(GEGLU, blocks.FastGEGLU),
