@@ -17,8 +17,8 @@ from torch.utils._pytree import tree_leaves
 
 from rewardprop_fast.errors import ConfigError
 from rewardprop_fast.memory import make_fake
-from rewardprop_fast.models import BUNDLED, architectures
-from rewardprop_fast.models.skeleton import load_skeleton
+from rewardprop_fast.models import architectures
+from rewardprop_fast.models.shapes import load_shapes
 from rewardprop_fast.nn import accelerate
 from rewardprop_fast.ops import registry, triton_runtime
 
@@ -43,7 +43,7 @@ def of_model(
     """The operators of one guided UNet call and one decoding, by backend.
 
     Args:
-        model: "bundled", "sd15", "sdxl", or a pipeline's folder or hub name (its UNet alone).
+        model: "bundled", "sd15", "sdxl", or a pipeline's folder or hub name.
         device: "cpu", "cuda" (the card that is there, else one like an RTX 3090), or a compute
             capability: "sm_80", "sm_86", "sm_89", "sm_90".
 
@@ -52,7 +52,8 @@ def of_model(
         ModelError: the model cannot be found.
     """
     kind, capability = _device(device)
-    unet, decoder = _networks(model, dtype)
+    shapes = load_shapes(model, dtype)
+    unet = shapes.unet
     size = int(unet.config.sample_size)
     mode = FakeTensorMode()
     with (
@@ -60,9 +61,7 @@ def of_model(
         triton_runtime.recording(capability) if kind == "meta" else nullcontext(),
         torch.no_grad(),
     ):
-        for network in (unet, decoder):
-            if network is None:
-                continue
+        for network in (unet, shapes.vae):
             accelerate(network)
             if kind == "cpu":
                 make_fake(network, mode)
@@ -86,17 +85,6 @@ def render(rows: list[Row]) -> str:
             lines.append(f"  {row.calls:>4} x {row.backend:<{width}}  {row.example}")
             lines.append(f"         {row.reason}")
     return "\n".join(lines)
-
-
-def _networks(model: str, dtype: torch.dtype) -> tuple[Any, Any]:
-    """The UNet, and the autoencoder or None, on the device "meta", in ``dtype``."""
-    if model in architectures.UNETS:
-        with torch.device("meta"):
-            return architectures.unet(model, dtype), architectures.autoencoder(dtype)
-    unet = load_skeleton(BUNDLED if model == "bundled" else model).unet.requires_grad_(False).eval()
-    for parameter in unet.parameters():
-        parameter.data = parameter.data.to(dtype)
-    return unet, None
 
 
 def _device(name: str) -> tuple[str, tuple[int, int]]:

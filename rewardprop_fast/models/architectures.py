@@ -45,6 +45,16 @@ AUTOENCODER: dict[str, Any] = {
     "latent_channels": 4,
 }
 
+#: The noise schedule of both.
+SCHEDULER: dict[str, Any] = {
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "clip_sample": False,
+    "set_alpha_to_one": False,
+    "steps_offset": 1,
+}
+
 
 def unet(name: str, dtype: torch.dtype = torch.float32, **changes: Any) -> UNet2DConditionModel:
     """The UNet of "sd15" or "sdxl", frozen, channels last; ``changes`` replace settings.

@@ -15,7 +15,7 @@ from rewardprop_fast.randomness import Draws
 from rewardprop_fast.rewards import Reward, evaluate
 from rewardprop_fast.rollout import Sampler, Schedule
 from rewardprop_fast.training.config import TrainConfig
-from rewardprop_fast.training.timing import PhaseTimer
+from rewardprop_fast.training.timing import PhaseTimer, Watch, unwatched
 
 Loss = Callable[[Tensor], Tensor]
 
@@ -54,7 +54,12 @@ class Engine:
     """The pipeline, the reward and the method, ready to run batches.
 
     Expects the pipeline on its device, in its dtype, frozen, with the LoRA attached.
+
+    Attributes:
+        watch: surrounds each phase of a step: "prefix", "suffix", "decode", "reward", "backward".
     """
+
+    watch: Watch = staticmethod(unwatched)
 
     def __init__(self, pipe: Any, reward: Reward, config: TrainConfig, loss: Loss) -> None:
         self.pipe, self.reward, self.config, self.loss = pipe, reward, config, loss
@@ -126,7 +131,7 @@ class Engine:
         Raises:
             NonFiniteError: a reward or the loss is NaN or infinite; nothing was back-propagated.
         """
-        timer = PhaseTimer(self.device)
+        timer = PhaseTimer(self.device, self.watch)
         sampler = self.sampler(prompts, draws, timer)
         rollout = self.config.method.rollout(sampler, latents.to(self.device, self.dtype), draws)
         names = list(prompts) * rollout.copies
@@ -135,11 +140,11 @@ class Engine:
             images = decode(self.pipe.vae, rollout.latents)
         with timer("reward"):
             try:
-                rewards = evaluate(self.reward, images, names, facts)
+                rewards = self._score(images, names, facts)
             except NonFiniteRewardError as error:
                 raise NonFiniteError(f"{error} It was {where(draws, prompts)}") from error
             loss = self.loss(rewards)
-        if not torch.isfinite(loss):
+        if not self._is_finite(loss):
             raise NonFiniteError(f"The loss is {loss.item()} {where(draws, prompts)}")
         with timer("backward"):
             (loss * weight).backward()
@@ -153,6 +158,14 @@ class Engine:
             rollout.gradient_steps,
             timer.seconds,
         )
+
+    def _score(
+        self, images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]
+    ) -> Tensor:
+        return evaluate(self.reward, images, prompts, metadata)
+
+    def _is_finite(self, loss: Tensor) -> bool:
+        return bool(torch.isfinite(loss))
 
     @torch.no_grad()
     def sample(self, prompts: Sequence[str], latents: Tensor, draws: Draws) -> Tensor:

@@ -3,24 +3,38 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 
 
-class PhaseTimer:
-    """Adds up wall time under names; on a GPU it waits for queued work before it reads a clock."""
+#: What surrounds a phase of a step: `with watch("decode"): ...`.
+Watch = Callable[[str], AbstractContextManager[None]]
 
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
+
+def unwatched(_: str) -> AbstractContextManager[None]:
+    """Surrounds nothing with nothing."""
+    return nullcontext()
+
+
+class PhaseTimer:
+    """Adds up wall time under names; on a GPU it waits for queued work before it reads a clock.
+
+    Args:
+        watch: also surrounds every phase: a memory tracker's, say.
+    """
+
+    def __init__(self, device: torch.device, watch: Watch = unwatched) -> None:
+        self.device, self.watch = device, watch
         self.seconds: dict[str, float] = {}
 
     @contextmanager
     def __call__(self, name: str) -> Iterator[None]:
         started = self._now()
         try:
-            yield
+            with self.watch(name):
+                yield
         finally:
             self.seconds[name] = self.seconds.get(name, 0.0) + self._now() - started
 

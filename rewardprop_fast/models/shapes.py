@@ -1,0 +1,50 @@
+"""A model's networks by their shapes alone, on the device "meta": for memory plans and reports."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from diffusers.schedulers.scheduling_ddim import DDIMScheduler
+
+from rewardprop_fast.models import architectures
+from rewardprop_fast.models.skeleton import load_skeleton
+
+
+@dataclass
+class Shapes:
+    """What a pipeline has, as far as a training step needs it. The networks hold no memory."""
+
+    unet: Any
+    vae: Any
+    scheduler: Any
+
+    @property
+    def vae_scale_factor(self) -> int:
+        return int(2 ** (len(self.vae.config.block_out_channels) - 1))
+
+
+def load_shapes(model: str, dtype: torch.dtype) -> Shapes:
+    """Frozen UNet and VAE in ``dtype``, on "meta".
+
+    Args:
+        model: "sd15", "sdxl", "bundled", or a pipeline's folder or hub name.
+
+    Raises:
+        ModelError: there is no such model.
+    """
+    if model in architectures.UNETS:
+        with torch.device("meta"):
+            unet, vae = architectures.unet(model, dtype), architectures.autoencoder(dtype)
+        return Shapes(unet, vae, DDIMScheduler(**architectures.SCHEDULER))
+    found = load_skeleton(model, with_vae=True)
+    for network in (found.unet, found.vae):
+        network.requires_grad_(False).eval()
+        for parameter in network.parameters():
+            parameter.data = parameter.data.to(dtype)
+        for module in network.modules():
+            if isinstance(module, torch.nn.Conv2d):
+                weight = module.weight.data.contiguous(memory_format=torch.channels_last)
+                module.weight.data = weight
+    return Shapes(found.unet, found.vae, DDIMScheduler.from_config(found.scheduler.config))

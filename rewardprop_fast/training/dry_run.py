@@ -1,0 +1,182 @@
+"""A training step on fake tensors: its memory and its operations, without weights and without time.
+
+The engine is the one that trains. What differs is that its networks hold no memory, that prompts
+are not encoded, and that a value cannot be looked at.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensorMode
+
+from rewardprop_fast import lora
+from rewardprop_fast.memory import make_fake
+from rewardprop_fast.methods import AlignProp, DRaFT, DRaFTLV
+from rewardprop_fast.models.shapes import Shapes
+from rewardprop_fast.models.support import is_sdxl
+from rewardprop_fast.nn import accelerate
+from rewardprop_fast.randomness import Draws
+from rewardprop_fast.rewards import Reward
+from rewardprop_fast.rollout import Conditioning, Schedule
+from rewardprop_fast.training.config import TrainConfig
+from rewardprop_fast.training.engine import Engine, negative_mean
+
+#: Steps without gradient that a dry run takes: a second one finds what the first has left.
+_PREFIX = 2
+
+_TOKENS = 77
+
+
+class DryEngine(Engine):
+    """An `Engine` whose values nobody can look at."""
+
+    def _score(
+        self, images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]
+    ) -> Tensor:
+        values = self.reward(images, prompts, metadata)
+        return values if values.dtype == torch.float64 else values.float()
+
+    def _is_finite(self, loss: Tensor) -> bool:
+        return True
+
+
+@dataclass
+class DryRun:
+    """A step that can be run any number of times under any tracker and plan.
+
+    Attributes:
+        engine: on fake tensors of `mode`.
+        config: as it was asked for; the engine's takes fewer steps without gradient.
+        trained: the LoRA's parameters.
+    """
+
+    mode: FakeTensorMode
+    engine: DryEngine
+    config: TrainConfig
+    trained: list[nn.Parameter]
+
+    @classmethod
+    def of_shapes(cls, shapes: Shapes, reward: Any, config: TrainConfig) -> DryRun:
+        """Of networks on "meta", which become fake; ``reward`` too where it is a module."""
+        lora.inject(
+            shapes.unet, config.lora.rank, config.lora.alpha, config.lora.target_modules, seed=0
+        )
+        mode = FakeTensorMode()
+        for network in (shapes.unet, shapes.vae, reward):
+            if isinstance(network, nn.Module):
+                make_fake(network, mode)
+        return cls._of(mode, shapes.unet, shapes.vae, reward, shapes, config)
+
+    @classmethod
+    def of_pipeline(cls, pipe: Any, reward: Any, config: TrainConfig) -> DryRun:
+        """Of a pipeline that is ready to train, and its reward: copies of both, without memory."""
+        mode = FakeTensorMode()
+        with FakeCopyMode(mode):
+            unet, vae = copy.deepcopy(pipe.unet), copy.deepcopy(pipe.vae)
+            reward = copy.deepcopy(reward)
+        return cls._of(mode, unet, vae, reward, pipe, config)
+
+    @classmethod
+    def _of(
+        cls, mode: FakeTensorMode, unet: Any, vae: Any, reward: Reward, pipe: Any, config: Any
+    ) -> DryRun:
+        if config.accelerate:
+            accelerate(unet)
+            accelerate(vae)
+        fake = SimpleNamespace(
+            unet=unet,
+            vae=vae,
+            scheduler=pipe.scheduler,
+            vae_scale_factor=pipe.vae_scale_factor,
+        )
+        engine = DryEngine(fake, reward, shortened(config), negative_mean)
+        schedule = engine.schedule
+        engine.schedule = Schedule(
+            mode.from_tensor(schedule.timesteps),
+            mode.from_tensor(schedule.coefficients),
+            mode.from_tensor(schedule.signal),
+            mode.from_tensor(schedule.noise),
+            schedule.eta,
+        )
+        engine.encoder = _Encoder(unet, config.sampling.guidance_scale > 1)  # type: ignore[assignment]
+        trained = [p for p in unet.parameters() if p.requires_grad]
+        return cls(mode, engine, config, trained)
+
+    def step(self) -> None:
+        """Run it once; the gradients are gone afterwards."""
+        batch = self.config.batch_size
+        draws = Draws(0, 0, tuple(range(batch)))
+        with self.mode:
+            latents = torch.empty(batch, *self.engine.latent_shape)
+            prompts, facts = ["a prompt"] * batch, [{} for _ in range(batch)]
+            self.engine.step(prompts, facts, latents, draws)
+        for parameter in self.trained:
+            parameter.grad = None
+
+    def resident(self) -> list[Tensor]:
+        """What is on the device all the time: weights, and the optimizer's state."""
+        networks = [self.engine.pipe.unet, self.engine.pipe.vae, self.engine.reward]
+        held = [
+            tensor
+            for network in networks
+            if isinstance(network, nn.Module)
+            for tensor in (*network.parameters(), *network.buffers())
+        ]
+        with self.mode:
+            for _ in range(2 + (self.config.optimizer.ema_decay is not None)):
+                held += [torch.empty_like(parameter) for parameter in self.trained]
+        return held
+
+
+def shortened(config: TrainConfig) -> TrainConfig:
+    """The same step with fewer UNet calls without gradient, and the most with."""
+    method, steps = config.method, config.sampling.steps
+    if isinstance(method, AlignProp):
+        k = steps if method.k_max is None or method.trl_compat else method.k_max
+        method = DRaFT(k)
+    k = gradient_steps(replace(config, method=method))
+    short = min(steps, k + _PREFIX)
+    if isinstance(method, DRaFT):
+        method = DRaFT(k)
+    return replace(config, method=method, sampling=replace(config.sampling, steps=short))
+
+
+def gradient_steps(config: TrainConfig) -> int:
+    """The most UNet calls with gradient that a step of this config has: K."""
+    method, steps = config.method, config.sampling.steps
+    if isinstance(method, DRaFTLV):
+        return 1
+    if isinstance(method, DRaFT):
+        return steps if method.k is None else method.k
+    if isinstance(method, AlignProp) and not method.trl_compat:
+        return steps if method.k_max is None else method.k_max
+    return steps
+
+
+class _Encoder:
+    """Conditions of the right shapes."""
+
+    def __init__(self, unet: Any, guided: bool) -> None:
+        self.unet, self.guided = unet, guided
+
+    def __call__(self, prompts: Sequence[str]) -> Conditioning:
+        config, rows = self.unet.config, len(prompts)
+        embeddings = self._empty(rows, _TOKENS, config.cross_attention_dim)
+        added = {}
+        if is_sdxl(SimpleNamespace(unet=self.unet)):
+            width = config.projection_class_embeddings_input_dim
+            width -= 6 * config.addition_time_embed_dim
+            added = {"text_embeds": self._empty(rows, width), "time_ids": self._empty(rows, 6)}
+        if not self.guided:
+            return Conditioning(embeddings, None, added)
+        return Conditioning(embeddings, embeddings.clone(), added, dict(added))
+
+    def _empty(self, *shape: int) -> Tensor:
+        return torch.empty(*shape, dtype=self.unet.dtype)
