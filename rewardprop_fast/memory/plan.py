@@ -21,7 +21,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from enum import StrEnum
+from enum import Enum
 from fnmatch import fnmatchcase
 from itertools import groupby
 from pathlib import Path
@@ -35,7 +35,7 @@ FORMAT, VERSION = "rewardprop-plan", 1
 Rules = Mapping[str, "Policy"]
 
 
-class Policy(StrEnum):
+class Policy(str, Enum):
     """What happens to the tensors that a segment saves for its backward pass.
 
     Attributes:
@@ -51,6 +51,9 @@ class Policy(StrEnum):
     OFFLOAD = "offload"
     RECOMPUTE_OFFLOAD = "recompute+offload"
     QUANTISE = "quantise"
+
+    def __str__(self) -> str:
+        return self.value
 
 
 RESIDENCIES = ("all", "phases")

@@ -1,8 +1,8 @@
 """Putting a plan to work: every segment's calls go where the plan says.
 
-Each segment's method is shadowed by an attribute of its module, which decides at every call: without
-gradients, or where the plan says "keep", the method itself runs. Nothing else of the module changes;
-`AppliedPlan.remove` takes the attributes away again.
+Each segment's method is shadowed by an attribute of its module, which decides at every call:
+without gradients, or where the plan says "keep", the method itself runs. Nothing else of the module
+changes; `AppliedPlan.remove` takes the attributes away again.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _MISSING = object()
 
 
 class Codec(Protocol):
-    """What the policy "quantise" asks of you: a smaller form of a saved tensor, and the way back."""
+    """What the policy "quantise" asks for: a smaller form of a saved tensor, and the way back."""
 
     def encode(self, tensor: Tensor) -> Any: ...
 
@@ -107,8 +107,8 @@ class AppliedPlan:
             check_rules(rule, names, kinds, f"The plan's {title!r}")
         if self.offloader is None and asked & {Policy.OFFLOAD, Policy.RECOMPUTE_OFFLOAD}:
             raise ConfigError(
-                f"The plan's {title!r} offloads, but there is no offloader. Give one to `apply`, or "
-                "replace its offload policies by keep or recompute."
+                f"The plan's {title!r} offloads, but there is no offloader. Give one to `apply`, "
+                "or replace its offload policies by keep or recompute."
             )
         if self.codec is None and Policy.QUANTISE in asked:
             raise ConfigError(

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -152,10 +152,8 @@ class _Frame:
                 stack.enter_context(self.trace.compared(self.title))
             stack.enter_context(torch.enable_grad())
             stack.enter_context(torch.autograd.graph.saved_tensors_hooks(remember, _never))
-            try:
+            with suppress(_Done):
                 self.function(*args, **kwargs)
-            except _Done:
-                pass
 
 
 def _never(_: Any) -> Tensor:

@@ -27,6 +27,7 @@ from rewardprop_fast.memory.kinds import (
 )
 from rewardprop_fast.nn.blocks import FastBasicTransformerBlock
 
+
 @dataclass(frozen=True, eq=False)
 class Segment:
     """One of them.

@@ -37,9 +37,7 @@ _TOKENS = 77
 class DryEngine(Engine):
     """An `Engine` whose values nobody can look at."""
 
-    def _score(
-        self, images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]
-    ) -> Tensor:
+    def _score(self, images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> Tensor:
         values = self.reward(images, prompts, metadata)
         return values if values.dtype == torch.float64 else values.float()
 
@@ -115,7 +113,8 @@ class DryRun:
         draws = Draws(0, 0, tuple(range(batch)))
         with self.mode:
             latents = torch.empty(batch, *self.engine.latent_shape)
-            prompts, facts = ["a prompt"] * batch, [{} for _ in range(batch)]
+            prompts = ["a prompt"] * batch
+            facts: list[dict[str, Any]] = [{} for _ in prompts]
             self.engine.step(prompts, facts, latents, draws)
         for parameter in self.trained:
             parameter.grad = None

@@ -159,9 +159,7 @@ class Engine:
             timer.seconds,
         )
 
-    def _score(
-        self, images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]
-    ) -> Tensor:
+    def _score(self, images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> Tensor:
         return evaluate(self.reward, images, prompts, metadata)
 
     def _is_finite(self, loss: Tensor) -> bool:

@@ -8,7 +8,6 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 
-
 #: What surrounds a phase of a step: `with watch("decode"): ...`.
 Watch = Callable[[str], AbstractContextManager[None]]
 
