@@ -1,17 +1,18 @@
 """The limits of the GPUs that figures are modelled for, from NVIDIA's documents.
 
-Sources: "NVIDIA Ampere GA102 GPU Architecture" (RTX 3090), "NVIDIA Ada GPU Architecture" (4090),
-"NVIDIA A100 Tensor Core GPU Architecture" (A100 SXM 80 GB: its data sheet for the bandwidth),
-"NVIDIA H100 Tensor Core GPU Architecture" (H100 SXM); blocks, threads, registers and shared memory
-from the CUDA C++ Programming Guide, "Technical Specifications per Compute Capability".
-
-Peaks are dense, with float32 accumulation, at boost clock.
+Throughputs are those of `rewardprop_fast.memory.devices`; what a multiprocessor holds at once
+follows from its compute capability (CUDA C++ Programming Guide, "Technical Specifications per
+Compute Capability"). A100 and H100 are the SXM cards with 80 GB.
 """
 
 from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+
+from rewardprop_fast.memory.devices import find_device
+
+_KIB = 2**10
 
 
 @dataclass(frozen=True)
@@ -33,31 +34,34 @@ class Device:
     registers_per_multiprocessor: int = 65536
 
 
-_KIB, _MIB = 2**10, 2**20
+#: Shared memory of a multiprocessor and of a block, threads and blocks of a multiprocessor.
+_LIMITS = {
+    80: (164 * _KIB, 163 * _KIB, 2048, 32),
+    86: (100 * _KIB, 99 * _KIB, 1536, 16),
+    89: (100 * _KIB, 99 * _KIB, 1536, 24),
+    90: (228 * _KIB, 227 * _KIB, 2048, 32),
+}
 
-RTX_3090 = Device(
-    "RTX 3090", 86, 82, 71e12, 35.6e12, 35.6e12, 936e9, 6 * _MIB, 100 * _KIB, 99 * _KIB, 1536, 16
-)
-RTX_4090 = Device(
-    "RTX 4090",
-    89,
-    128,
-    165e12,
-    82.6e12,
-    82.6e12,
-    1008e9,
-    72 * _MIB,
-    100 * _KIB,
-    99 * _KIB,
-    1536,
-    24,
-)
-A100 = Device(
-    "A100", 80, 108, 312e12, 156e12, 19.5e12, 2039e9, 40 * _MIB, 164 * _KIB, 163 * _KIB, 2048, 32
-)
-H100 = Device(
-    "H100", 90, 132, 989e12, 494e12, 67e12, 3350e9, 50 * _MIB, 228 * _KIB, 227 * _KIB, 2048, 32
-)
+
+def _device(name: str, listed: str) -> Device:
+    card = find_device(listed)
+    return Device(
+        name,
+        card.arch,
+        card.multiprocessors,
+        card.peak_16bit,
+        card.peak_tf32,
+        card.peak_float32,
+        card.bandwidth,
+        card.l2_bytes,
+        *_LIMITS[card.arch],
+    )
+
+
+RTX_3090 = _device("RTX 3090", "rtx3090")
+RTX_4090 = _device("RTX 4090", "rtx4090")
+A100 = _device("A100", "a100-80gb")
+H100 = _device("H100", "h100")
 
 DEVICES = (RTX_3090, RTX_4090, A100, H100)
 

@@ -1,8 +1,23 @@
-"""Where memory goes: measured on a run, by storage."""
+"""Where memory goes: measured on a run, by storage; and what operations cost on which device."""
 
 from __future__ import annotations
 
+from rewardprop_fast.memory.cost import Cost, CostCounter, cost_of
+from rewardprop_fast.memory.devices import DEVICES, Device, find_device
 from rewardprop_fast.memory.fake import make_fake
 from rewardprop_fast.memory.measure import Holding, MemoryTracker
+from rewardprop_fast.memory.sizes import format_bytes, parse_bytes
 
-__all__ = ["Holding", "MemoryTracker", "make_fake"]
+__all__ = [
+    "DEVICES",
+    "Cost",
+    "CostCounter",
+    "Device",
+    "Holding",
+    "MemoryTracker",
+    "cost_of",
+    "find_device",
+    "format_bytes",
+    "make_fake",
+    "parse_bytes",
+]
