@@ -1,5 +1,5 @@
-// Picks one instruction set's table of loops at run time. A table `x` is declared in the namespaces
-// scalar, avx2 and avx512 and defined by the operator's *_loops.cpp, which is compiled once for
+// Picks one instruction set's table of loops at run time. A table `x` is declared in a namespace
+// for each of them (isa.h) and defined by the operator's *_loops.cpp, which is compiled once for
 // each of those that the compiler can make.
 #pragma once
 
@@ -8,23 +8,32 @@
 #if defined(REWARDPROP_HAS_AVX2)
 #define REWARDPROP_AVX2(table) &avx2::table
 #else
-#define REWARDPROP_AVX2(table) nullptr
+#define REWARDPROP_AVX2(table) static_cast<decltype(&scalar::table)>(nullptr)
 #endif
 #if defined(REWARDPROP_HAS_AVX512)
 #define REWARDPROP_AVX512(table) &avx512::table
 #else
-#define REWARDPROP_AVX512(table) nullptr
+#define REWARDPROP_AVX512(table) static_cast<decltype(&scalar::table)>(nullptr)
+#endif
+#if defined(REWARDPROP_HAS_AVX512_BF16)
+#define REWARDPROP_AVX512_BF16(table) &avx512_bf16::table
+#else
+#define REWARDPROP_AVX512_BF16(table) static_cast<decltype(&scalar::table)>(nullptr)
 #endif
 
 // To be used inside namespace rewardprop::cpu.
-#define REWARDPROP_SELECT(table) \
-    select(&scalar::table, REWARDPROP_AVX2(table), REWARDPROP_AVX512(table))
+#define REWARDPROP_SELECT(table)                                             \
+    select(&scalar::table, REWARDPROP_AVX2(table), REWARDPROP_AVX512(table), \
+           REWARDPROP_AVX512_BF16(table))
 
 namespace rewardprop::cpu {
 
 template <typename Table>
-const Table& select(const Table* scalar, const Table* avx2, const Table* avx512) {
+const Table& select(const Table* scalar, const Table* avx2, const Table* avx512,
+                    const Table* avx512_bf16) {
     switch (selected()) {  // one of those that are compiled in
+        case Isa::Avx512Bf16:
+            return *avx512_bf16;
         case Isa::Avx512:
             return *avx512;
         case Isa::Avx2:

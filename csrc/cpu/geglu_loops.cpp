@@ -1,5 +1,5 @@
-// The loops of GEGLU, compiled once per instruction set with REWARDPROP_ISA naming it (scalar,
-// avx2, avx512). Plain loops that the compiler vectorises; nothing here may include a header with
+// The loops of GEGLU, compiled once per instruction set with REWARDPROP_ISA naming it (isa.h).
+// Plain loops that the compiler vectorises; nothing here may include a header with
 // shared inline functions (see math/portable.h).
 #include "../math/geglu.h"
 #include "geglu.h"

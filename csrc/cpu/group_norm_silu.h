@@ -57,6 +57,12 @@ struct Rows {
     std::int64_t columns;
 };
 
+struct Moments {
+    double count = 0.0;
+    double mean = 0.0;
+    double squares = 0.0;  // the sum of squared distances from the mean
+};
+
 // Per-column coefficients, or one that all columns share.
 struct Coefficients {
     const float* values;
@@ -75,15 +81,28 @@ struct InputGradient {
     Coefficients constant;
 };
 
+struct SumsOf {
+    bool silu;
+    bool exact;  // they are results in single precision, not only a part of what is rounded to T
+};
+
 // One instruction set's loops over a block of rows.
 template <typename T>
 struct GroupNormLoops {
-    // Per column: the mean, and the sum of squared distances from it.
-    void (*moments)(Rows rows, const T* x, float* mean, float* squares);
+    // Per column: the mean, and the sum of squared distances from it. `pivot` is room for as many.
+    void (*moments)(Rows rows, const T* x, float* mean, float* squares, float* pivot);
+    // Of all columns together.
+    Moments (*joined)(Rows rows, const float* mean, const float* squares);
+    // Of some channels of one group: scale = rstd weight, shift = bias - mean scale. The shift is
+    // taken in double, and from the scale as rounded, so that a large mean costs one rounding.
+    void (*affine)(std::int64_t channels, const float* weight, const float* bias, double mean,
+                   float rstd, float* scale, float* shift);
     void (*normalise)(Rows rows, const T* x, Affine affine, bool silu, T* y);
-    // Per column, added to what is there: the sums of grad_z and of grad_z (x - centre).
+    // Per column, added to what is there: the sums of grad_z and of grad_z (x - centre). With a
+    // SiLU grad_z itself is written too, unless that is null.
     void (*sums)(Rows rows, const T* grad, const T* x, Affine affine, Coefficients centre,
-                 bool silu, float* grad_z, float* product);
+                 SumsOf what, float* sums, float* products, float* grad_z);
+    // Without a SiLU `grad` is the gradient of z, and may be where grad_x is written.
     void (*input_gradient)(Rows rows, const T* grad, const T* x, Affine affine,
                            InputGradient gradient, bool silu, T* grad_x);
 };
@@ -101,6 +120,10 @@ namespace avx512 {
 extern const GroupNormLoops<float> group_norm_loops_f32;
 extern const GroupNormLoops<math::BFloat16> group_norm_loops_bf16;
 }  // namespace avx512
+namespace avx512_bf16 {
+extern const GroupNormLoops<float> group_norm_loops_f32;
+extern const GroupNormLoops<math::BFloat16> group_norm_loops_bf16;
+}  // namespace avx512_bf16
 
 // On the selected instruction set and the OpenMP pool. The result does not depend on the number of
 // threads: what a thread sums up is cut by the shape alone, and added in one order.

@@ -95,49 +95,23 @@ struct ChannelsFirst {
 
 // --- statistics ---
 
-struct Moments {
-    double count = 0.0;
-    double mean = 0.0;
-    double squares = 0.0;  // the sum of squared distances from the mean
-
-    void join(const Moments& other) {  // Chan, Golub & LeVeque 1979
-        if (other.count == 0.0) return;
-        const double total = count + other.count, delta = other.mean - mean;
-        mean += delta * (other.count / total);
-        squares += other.squares + delta * (delta * (count * other.count / total));
-        count = total;
-    }
-};
-
-// Of `columns` columns with `rows` elements each.
-Moments joined(const float* mean, const float* squares, std::int64_t columns, std::int64_t rows) {
-    // Four sums at a time: one would wait for itself.
-    double means[4] = {}, inner[4] = {}, outer[4] = {};
-    for (std::int64_t c = 0; c < columns; ++c) {
-        means[c % 4] += mean[c];
-        inner[c % 4] += squares[c];
-    }
-    const double middle =
-        ((means[0] + means[1]) + (means[2] + means[3])) / static_cast<double>(columns);
-    for (std::int64_t c = 0; c < columns; ++c) {
-        const double distance = mean[c] - middle;
-        outer[c % 4] += distance * distance;
-    }
-    const double count = static_cast<double>(rows);
-    return {count * static_cast<double>(columns), middle,
-            ((inner[0] + inner[1]) + (inner[2] + inner[3])) +
-                count * ((outer[0] + outer[1]) + (outer[2] + outer[3]))};
+void join(Moments& whole, const Moments& part) {  // Chan, Golub & LeVeque 1979
+    if (part.count == 0.0) return;
+    const double total = whole.count + part.count, delta = part.mean - whole.mean;
+    whole.mean += delta * (part.count / total);
+    whole.squares += part.squares + delta * (delta * (whole.count * part.count / total));
+    whole.count = total;
 }
 
 // Of a run of memory, folded into rows of kLanes.
 template <typename T>
 Moments moments_of_run(const T* x, std::int64_t size) {
-    float mean[kLanes], squares[kLanes];
+    float mean[kLanes], squares[kLanes], pivot[kLanes];
     Moments found;
     for (const Rows rows : {Rows{size / kLanes, kLanes}, Rows{1, size % kLanes}}) {
         if (rows.count == 0 || rows.columns == 0) continue;
-        loops(T{}).moments(rows, x, mean, squares);
-        found.join(joined(mean, squares, rows.columns, rows.count));
+        loops(T{}).moments(rows, x, mean, squares, pivot);
+        join(found, loops(T{}).joined(rows, mean, squares));
         x += rows.count * rows.columns;
     }
     return found;
@@ -150,16 +124,23 @@ void finish_group(const GroupNorm<T>& op, std::int64_t index, const Moments& fou
     op.rstd[index] = static_cast<float>(1.0 / std::sqrt(variance + op.eps));
 }
 
-// z = scale x + shift of one channel. The shift is taken in double, and from the scale as rounded,
-// so that a large mean costs one rounding.
+// Of one channel; weight and bias may be null.
+const float* at(const float* parameter, std::int64_t channel) {
+    return parameter ? parameter + channel : nullptr;
+}
+
 struct ChannelAffine {
-    ChannelAffine(const float* weight, const float* bias, std::int64_t channel, double mean,
-                  float rstd)
-        : scale(weight ? rstd * weight[channel] : rstd),
-          shift(static_cast<float>((bias ? bias[channel] : 0.0) - mean * scale)) {}
     float scale;
     float shift;
 };
+
+template <typename Op>
+ChannelAffine channel_affine(const Op& op, std::int64_t channel, double mean, float rstd) {
+    ChannelAffine found;
+    loops(*op.x).affine(1, at(op.weight, channel), at(op.bias, channel), mean, rstd, &found.scale,
+                        &found.shift);
+    return found;
+}
 
 Affine per_column(const float* scale, const float* shift) {
     return {{scale, false}, {shift, false}};
@@ -179,26 +160,24 @@ void forward(const GroupNorm<T>& op, const ChannelsLast& cut) {
 
     const auto first = [&](std::int64_t image, std::int64_t chunk) {
         thread_local std::vector<float> columns;
-        columns.resize(2 * C);
-        float *mean = columns.data(), *squares = mean + C;
+        columns.resize(3 * C);
+        float *mean = columns.data(), *squares = mean + C, *pivot = squares + C;
         const Rows rows = cut.block(chunk);
-        loops(T{}).moments(rows, op.x + cut.offset(image, chunk), mean, squares);
+        loops(T{}).moments(rows, op.x + cut.offset(image, chunk), mean, squares, pivot);
         Moments* found = &partial[(image * cut.chunks + chunk) * G];
         for (std::int64_t g = 0; g < G; ++g)
-            found[g] = joined(mean + g * D, squares + g * D, D, rows.count);
+            found[g] = loops(T{}).joined({rows.count, D}, mean + g * D, squares + g * D);
     };
     const auto between = [&](std::int64_t image) {
         for (std::int64_t g = 0; g < G; ++g) {
             Moments whole;
             for (std::int64_t chunk = 0; chunk < cut.chunks; ++chunk)
-                whole.join(partial[(image * cut.chunks + chunk) * G + g]);
+                join(whole, partial[(image * cut.chunks + chunk) * G + g]);
             const std::int64_t index = image * G + g;
             finish_group(op, index, whole);
-            for (std::int64_t c = g * D; c < (g + 1) * D; ++c) {
-                const ChannelAffine affine(op.weight, op.bias, c, whole.mean, op.rstd[index]);
-                scale[image * C + c] = affine.scale;
-                shift[image * C + c] = affine.shift;
-            }
+            const std::int64_t c = g * D, own = image * C + c;
+            loops(T{}).affine(D, at(op.weight, c), at(op.bias, c), whole.mean, op.rstd[index],
+                              &scale[own], &shift[own]);
         }
     };
     const auto second = [&](std::int64_t image, std::int64_t chunk) {
@@ -220,13 +199,13 @@ void forward(const GroupNorm<T>& op, const ChannelsFirst& cut) {
     const auto between = [&](std::int64_t unit) {
         Moments& whole = partial[unit * cut.chunks];
         for (std::int64_t chunk = 1; chunk < cut.chunks; ++chunk)
-            whole.join(partial[unit * cut.chunks + chunk]);
+            join(whole, partial[unit * cut.chunks + chunk]);
         finish_group(op, unit, whole);
     };
     const auto second = [&](std::int64_t unit, std::int64_t chunk) {
         const double mean = partial[unit * cut.chunks].mean;
         cut.for_each_run(unit, chunk, [&](const ChannelsFirst::Run& run) {
-            const ChannelAffine affine(op.weight, op.bias, run.channel, mean, op.rstd[unit]);
+            const ChannelAffine affine = channel_affine(op, run.channel, mean, op.rstd[unit]);
             loops(T{}).normalise({1, run.size}, op.x + run.offset, shared(affine), op.silu,
                                  op.y + run.offset);
         });
@@ -264,6 +243,7 @@ GroupGradient group_gradient(const ChannelSums* sums, const float* weight, std::
 // The gradients of weight and bias: over the batch, in its order.
 template <typename T>
 void parameter_gradients(const GroupNormBackward<T>& op, const std::vector<ChannelSums>& sums) {
+    if (!op.grad_weight && !op.grad_bias) return;
     const GroupNormShape& shape = op.shape;
     for (std::int64_t c = 0; c < shape.channels; ++c) {
         double weight = 0.0, bias = 0.0;
@@ -278,6 +258,30 @@ void parameter_gradients(const GroupNormBackward<T>& op, const std::vector<Chann
     }
 }
 
+// Where the first pass leaves the gradient of z for the second one, so that no SiLU is computed
+// twice: in grad_x, where that holds it as computed.
+float* kept_grad_z(const GroupNormBackward<float>& op) { return op.silu ? op.grad_x : nullptr; }
+float* kept_grad_z(const GroupNormBackward<math::BFloat16>&) { return nullptr; }
+
+// The first pass over some rows.
+template <typename T>
+void sums(const GroupNormBackward<T>& op, Rows rows, std::int64_t at, Affine affine,
+          Coefficients centre, float* sums, float* products) {
+    float* kept = kept_grad_z(op);
+    const bool exact = op.grad_weight || op.grad_bias;
+    loops(T{}).sums(rows, op.grad + at, op.x + at, affine, centre, {op.silu, exact}, sums, products,
+                    kept ? kept + at : nullptr);
+}
+
+// The second one.
+template <typename T>
+void input_gradient(const GroupNormBackward<T>& op, Rows rows, std::int64_t at, Affine affine,
+                    InputGradient gradient) {
+    const bool kept = kept_grad_z(op) != nullptr;
+    loops(T{}).input_gradient(rows, (kept ? op.grad_x : op.grad) + at, op.x + at, affine, gradient,
+                              op.silu && !kept, op.grad_x + at);
+}
+
 template <typename T>
 void backward(const GroupNormBackward<T>& op, const ChannelsLast& cut) {
     const GroupNormShape& shape = op.shape;
@@ -285,15 +289,15 @@ void backward(const GroupNormBackward<T>& op, const ChannelsLast& cut) {
     // Per image: scale, shift, mean, and later x_factor and constant, of each channel.
     std::vector<float> coefficients(cut.units() * 5 * C);
     std::vector<float> partial(cut.units() * cut.chunks * 2 * C);
-    std::vector<ChannelSums> sums(cut.units() * C);
+    std::vector<ChannelSums> whole(cut.units() * C);
     for (std::int64_t image = 0; image < shape.batch; ++image) {
         float* own = &coefficients[image * 5 * C];
-        for (std::int64_t c = 0; c < C; ++c) {
-            const std::int64_t index = image * G + c / D;
-            const ChannelAffine affine(op.weight, op.bias, c, op.mean[index], op.rstd[index]);
-            own[c] = affine.scale;
-            own[C + c] = affine.shift;
-            own[2 * C + c] = op.mean[index];
+        for (std::int64_t g = 0; g < G; ++g) {
+            const float mean = op.mean[image * G + g], rstd = op.rstd[image * G + g];
+            const std::int64_t c = g * D;
+            loops(T{}).affine(D, at(op.weight, c), at(op.bias, c), mean, rstd, own + c,
+                              own + C + c);
+            std::fill_n(own + 2 * C + c, D, mean);
         }
     }
 
@@ -301,11 +305,11 @@ void backward(const GroupNormBackward<T>& op, const ChannelsLast& cut) {
         const std::int64_t at = cut.offset(image, chunk);
         const float* own = &coefficients[image * 5 * C];
         float* found = &partial[(image * cut.chunks + chunk) * 2 * C];
-        loops(T{}).sums(cut.block(chunk), op.grad + at, op.x + at, per_column(own, own + C),
-                        {own + 2 * C, false}, op.silu, found, found + C);
+        sums(op, cut.block(chunk), at, per_column(own, own + C), {own + 2 * C, false}, found,
+             found + C);
     };
     const auto between = [&](std::int64_t image) {
-        ChannelSums* own = &sums[image * C];
+        ChannelSums* own = &whole[image * C];
         for (std::int64_t chunk = 0; chunk < cut.chunks; ++chunk) {
             const float* found = &partial[(image * cut.chunks + chunk) * 2 * C];
             for (std::int64_t c = 0; c < C; ++c) {
@@ -327,28 +331,26 @@ void backward(const GroupNormBackward<T>& op, const ChannelsLast& cut) {
         if (!op.grad_x) return;
         const std::int64_t at = cut.offset(image, chunk);
         const float* own = &coefficients[image * 5 * C];
-        loops(T{}).input_gradient(
-            cut.block(chunk), op.grad + at, op.x + at, per_column(own, own + C),
-            {{own + 3 * C, false}, {own + 4 * C, false}}, op.silu, op.grad_x + at);
+        input_gradient(op, cut.block(chunk), at, per_column(own, own + C),
+                       {{own + 3 * C, false}, {own + 4 * C, false}});
     };
     two_passes({cut.units(), cut.chunks, 2 * cut.unit_size()}, first, between, second);
-    parameter_gradients(op, sums);
+    parameter_gradients(op, whole);
 }
 
 // Of a run of memory, folded into rows of kLanes.
 template <typename T>
-ChannelSums sums_of_run(const T* grad, const T* x, std::int64_t size, const ChannelAffine& affine,
-                        const float& mean, bool silu) {
+ChannelSums sums_of_run(const GroupNormBackward<T>& op, std::int64_t at, std::int64_t size,
+                        const ChannelAffine& affine, const float& mean) {
     ChannelSums found;
     for (const Rows rows : {Rows{size / kLanes, kLanes}, Rows{1, size % kLanes}}) {
         float grad_z[kLanes] = {}, product[kLanes] = {};
-        loops(T{}).sums(rows, grad, x, shared(affine), {&mean, true}, silu, grad_z, product);
+        sums(op, rows, at, shared(affine), {&mean, true}, grad_z, product);
         for (std::int64_t c = 0; c < rows.columns; ++c) {
             found.grad_z += grad_z[c];
             found.product += product[c];
         }
-        grad += rows.count * rows.columns;
-        x += rows.count * rows.columns;
+        at += rows.count * rows.columns;
     }
     return found;
 }
@@ -358,7 +360,7 @@ void backward(const GroupNormBackward<T>& op, const ChannelsFirst& cut) {
     const GroupNormShape& shape = op.shape;
     const std::int64_t D = shape.group_width(), C = shape.channels;
     std::vector<ChannelSums> partial(shape.batch * C * cut.pieces);
-    std::vector<ChannelSums> sums(shape.batch * C);
+    std::vector<ChannelSums> whole(shape.batch * C);
     std::vector<GroupGradient> gradients(cut.units());
     const auto at = [&](std::int64_t unit, std::int64_t channel) {
         return unit / shape.groups * C + channel;
@@ -366,15 +368,15 @@ void backward(const GroupNormBackward<T>& op, const ChannelsFirst& cut) {
 
     const auto first = [&](std::int64_t unit, std::int64_t chunk) {
         cut.for_each_run(unit, chunk, [&](const ChannelsFirst::Run& run) {
-            const ChannelAffine affine(op.weight, op.bias, run.channel, op.mean[unit],
-                                       op.rstd[unit]);
-            partial[at(unit, run.channel) * cut.pieces + run.piece] = sums_of_run(
-                op.grad + run.offset, op.x + run.offset, run.size, affine, op.mean[unit], op.silu);
+            const ChannelAffine affine =
+                channel_affine(op, run.channel, op.mean[unit], op.rstd[unit]);
+            partial[at(unit, run.channel) * cut.pieces + run.piece] =
+                sums_of_run(op, run.offset, run.size, affine, op.mean[unit]);
         });
     };
     const auto between = [&](std::int64_t unit) {
         const std::int64_t channel = unit % shape.groups * D;
-        ChannelSums* own = &sums[at(unit, channel)];
+        ChannelSums* own = &whole[at(unit, channel)];
         for (std::int64_t k = 0; k < D; ++k) {
             for (std::int64_t piece = 0; piece < cut.pieces; ++piece) {
                 const ChannelSums& found = partial[at(unit, channel + k) * cut.pieces + piece];
@@ -390,21 +392,20 @@ void backward(const GroupNormBackward<T>& op, const ChannelsFirst& cut) {
         if (!op.grad_x) return;
         const GroupGradient& gradient = gradients[unit];
         cut.for_each_run(unit, chunk, [&](const ChannelsFirst::Run& run) {
-            const ChannelAffine affine(op.weight, op.bias, run.channel, op.mean[unit],
-                                       op.rstd[unit]);
-            loops(T{}).input_gradient({1, run.size}, op.grad + run.offset, op.x + run.offset,
-                                      shared(affine),
-                                      {{&gradient.x_factor, true}, {&gradient.constant, true}},
-                                      op.silu, op.grad_x + run.offset);
+            const ChannelAffine affine =
+                channel_affine(op, run.channel, op.mean[unit], op.rstd[unit]);
+            input_gradient(op, {1, run.size}, run.offset, shared(affine),
+                           {{&gradient.x_factor, true}, {&gradient.constant, true}});
         });
     };
     two_passes({cut.units(), cut.chunks, 2 * cut.unit_size()}, first, between, second);
-    parameter_gradients(op, sums);
+    parameter_gradients(op, whole);
 }
 
 template <typename Op, typename Run>
 void in_layout(const Op& op, const Run& run) {
-    if (op.shape.channels_last) return run(op, ChannelsLast(op.shape));
+    // One position is both; one row of all channels is better than many of one element.
+    if (op.shape.channels_last || op.shape.positions == 1) return run(op, ChannelsLast(op.shape));
     run(op, ChannelsFirst(op.shape));
 }
 

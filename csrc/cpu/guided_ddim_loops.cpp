@@ -1,5 +1,5 @@
 // The loops of the guided DDIM step, compiled once per instruction set with REWARDPROP_ISA naming
-// it (scalar, avx2, avx512). Plain loops that the compiler vectorises; nothing here may include a
+// it (isa.h). Plain loops that the compiler vectorises; nothing here may include a
 // header with shared inline functions (see math/portable.h).
 #include "guided_ddim.h"
 

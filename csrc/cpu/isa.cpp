@@ -8,6 +8,11 @@ namespace rewardprop::cpu {
 namespace {
 
 // The builtin also asks the operating system whether it saves the wide registers.
+[[maybe_unused]] bool machine_has_avx512() {
+    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+}
+
 bool machine_has(Isa isa) {
     switch (isa) {
 #if defined(REWARDPROP_HAS_AVX2)
@@ -16,8 +21,11 @@ bool machine_has(Isa isa) {
 #endif
 #if defined(REWARDPROP_HAS_AVX512)
         case Isa::Avx512:
-            return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                   __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+            return machine_has_avx512();
+#endif
+#if defined(REWARDPROP_HAS_AVX512_BF16)
+        case Isa::Avx512Bf16:
+            return machine_has_avx512() && __builtin_cpu_supports("avx512bf16");
 #endif
         default:
             return isa == Isa::Scalar;
@@ -51,6 +59,8 @@ const char* name(Isa isa) {
             return "avx2";
         case Isa::Avx512:
             return "avx512";
+        case Isa::Avx512Bf16:
+            return "avx512_bf16";
         default:
             return "scalar";
     }
@@ -64,6 +74,9 @@ std::vector<Isa> compiled() {
 #endif
 #if defined(REWARDPROP_HAS_AVX512)
         Isa::Avx512,
+#endif
+#if defined(REWARDPROP_HAS_AVX512_BF16)
+        Isa::Avx512Bf16,
 #endif
     };
 }
