@@ -6,6 +6,8 @@ from rewardprop_fast.memory.cost import Cost, CostCounter, cost_of
 from rewardprop_fast.memory.devices import DEVICES, Device, find_device
 from rewardprop_fast.memory.fake import make_fake
 from rewardprop_fast.memory.measure import Holding, MemoryTracker
+from rewardprop_fast.memory.offload import Offloader
+from rewardprop_fast.memory.scheduling import SegmentTimes, Simulation, Statistics, simulate
 from rewardprop_fast.memory.sizes import format_bytes, parse_bytes
 
 __all__ = [
@@ -15,9 +17,14 @@ __all__ = [
     "Device",
     "Holding",
     "MemoryTracker",
+    "Offloader",
+    "SegmentTimes",
+    "Simulation",
+    "Statistics",
     "cost_of",
     "find_device",
     "format_bytes",
     "make_fake",
     "parse_bytes",
+    "simulate",
 ]
