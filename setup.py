@@ -23,6 +23,7 @@ import sysconfig
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from runpy import run_path
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
@@ -119,6 +120,7 @@ def build_with_cmake(module: Module, target: Path, build_folder: Path) -> None:
         f"-DPython_EXECUTABLE={sys.executable}",
         f"-Dpybind11_DIR={pybind11_folder}",
         f"-DREWARDPROP_VERSION={version()}",
+        f"-DREWARDPROP_SOURCES={fingerprint(module.name)}",
         *options,
     )
     step(cmake, "--build", str(build_folder), "--parallel")
@@ -175,6 +177,11 @@ def version() -> str:
     names: dict[str, str] = {}
     exec((ROOT / "rewardprop_fast" / "version.py").read_text(encoding="utf-8"), names)
     return names["__version__"]
+
+
+def fingerprint(module: str) -> str:
+    found = run_path(str(ROOT / "rewardprop_fast" / "ops" / "sources.py"))
+    return str(found["fingerprint"](module))
 
 
 def is_set(variable: str) -> bool:

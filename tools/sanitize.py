@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pybind11
 
+from rewardprop_fast.ops.sources import fingerprint
 from rewardprop_fast.version import __version__
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -86,6 +87,7 @@ def build() -> Path:
         f"-DPython_EXECUTABLE={sys.executable}",
         f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
         f"-DREWARDPROP_VERSION={__version__}",
+        f"-DREWARDPROP_SOURCES={fingerprint('_native')}",
         "-DREWARDPROP_SANITIZE=ON",
     ]
     subprocess.run(configure, check=True)

@@ -8,6 +8,7 @@
 #include <optional>
 #include <stdexcept>
 #include <string>
+#include <tuple>
 
 #include "arrays.h"
 #include "operators.h"
@@ -32,8 +33,12 @@ T* pointer(const Array& array) {
     return array.count > 0 ? array.as<T>() : nullptr;
 }
 
-cpu::GroupNormShape checked(std::int64_t batch, std::int64_t channels, std::int64_t positions,
-                            std::int64_t groups, bool channels_last) {
+// batch, channels, positions, groups, channels_last: as a tuple, and all arguments by position,
+// since small tensors notice what a call costs.
+using Sizes = std::tuple<std::int64_t, std::int64_t, std::int64_t, std::int64_t, bool>;
+
+cpu::GroupNormShape checked(const Sizes& sizes) {
+    const auto [batch, channels, positions, groups, channels_last] = sizes;
     std::int64_t count = 0;
     if (batch < 0 || positions < 0 || groups < 1 || channels < groups || channels % groups != 0 ||
         __builtin_mul_overflow(batch, channels, &count) ||
@@ -82,19 +87,18 @@ void backward(const cpu::GroupNormShape& shape, const Array& grad, const Array& 
     cpu::run(op);
 }
 
-void group_norm_silu(std::uintptr_t x_address, Address weight_address, Address bias_address,
-                     std::uintptr_t mean_address, std::uintptr_t rstd_address,
-                     std::uintptr_t y_address, std::int64_t batch, std::int64_t channels,
-                     std::int64_t positions, std::int64_t groups, bool channels_last, double eps,
-                     bool silu, const std::string& dtype) {
+void group_norm_silu(const Sizes& sizes, std::uintptr_t x_address, Address weight_address,
+                     Address bias_address, std::uintptr_t mean_address, std::uintptr_t rstd_address,
+                     std::uintptr_t y_address, double eps, bool silu, const std::string& dtype) {
     const std::int64_t size = item_size("dtype", dtype), single = sizeof(float);
-    const cpu::GroupNormShape shape = checked(batch, channels, positions, groups, channels_last);
-    const std::int64_t count = batch * channels * positions;
+    const cpu::GroupNormShape shape = checked(sizes);
+    const std::int64_t channels = shape.channels, statistics = shape.batch * shape.groups;
+    const std::int64_t count = shape.batch * shape.image_size();
     const Array x = array("x", x_address, count, size);
     const Array weight = array("weight", weight_address, channels, single);
     const Array bias = array("bias", bias_address, channels, single);
-    const Array mean = array("mean", mean_address, batch * groups, single);
-    const Array rstd = array("rstd", rstd_address, batch * groups, single);
+    const Array mean = array("mean", mean_address, statistics, single);
+    const Array rstd = array("rstd", rstd_address, statistics, single);
     const Array y = array("y", y_address, count, size);
     for (const Array* given : {&x, &weight, &bias, &mean, &rstd, &y}) check(*given);
     for (const Array* written : {&mean, &rstd, &y}) {
@@ -108,20 +112,20 @@ void group_norm_silu(std::uintptr_t x_address, Address weight_address, Address b
     run(shape, x, weight, bias, mean, rstd, y, eps, silu);
 }
 
-void group_norm_silu_backward(std::uintptr_t grad_address, std::uintptr_t x_address,
-                              std::uintptr_t mean_address, std::uintptr_t rstd_address,
-                              Address weight_address, Address bias_address, Address grad_x_address,
-                              Address grad_weight_address, Address grad_bias_address,
-                              std::int64_t batch, std::int64_t channels, std::int64_t positions,
-                              std::int64_t groups, bool channels_last, bool silu,
+void group_norm_silu_backward(const Sizes& sizes, std::uintptr_t grad_address,
+                              std::uintptr_t x_address, std::uintptr_t mean_address,
+                              std::uintptr_t rstd_address, Address weight_address,
+                              Address bias_address, Address grad_x_address,
+                              Address grad_weight_address, Address grad_bias_address, bool silu,
                               const std::string& dtype) {
     const std::int64_t size = item_size("dtype", dtype), single = sizeof(float);
-    const cpu::GroupNormShape shape = checked(batch, channels, positions, groups, channels_last);
-    const std::int64_t count = batch * channels * positions;
+    const cpu::GroupNormShape shape = checked(sizes);
+    const std::int64_t channels = shape.channels, statistics = shape.batch * shape.groups;
+    const std::int64_t count = shape.batch * shape.image_size();
     const Array grad = array("grad", grad_address, count, size);
     const Array x = array("x", x_address, count, size);
-    const Array mean = array("mean", mean_address, batch * groups, single);
-    const Array rstd = array("rstd", rstd_address, batch * groups, single);
+    const Array mean = array("mean", mean_address, statistics, single);
+    const Array rstd = array("rstd", rstd_address, statistics, single);
     const Array weight = array("weight", weight_address, channels, single);
     const Array bias = array("bias", bias_address, channels, single);
     const Array grad_x = array("grad_x", grad_x_address, count, size);
@@ -145,17 +149,16 @@ void group_norm_silu_backward(std::uintptr_t grad_address, std::uintptr_t x_addr
 }  // namespace
 
 void bind_group_norm_silu(py::module_& module) {
-    module.def("group_norm_silu", &group_norm_silu, py::kw_only(), py::arg("x"), py::arg("weight"),
-               py::arg("bias"), py::arg("mean"), py::arg("rstd"), py::arg("y"), py::arg("batch"),
-               py::arg("channels"), py::arg("positions"), py::arg("groups"),
-               py::arg("channels_last"), py::arg("eps"), py::arg("silu"), py::arg("dtype"),
+    module.def("group_norm_silu", &group_norm_silu, py::arg("sizes"), py::arg("x"),
+               py::arg("weight"), py::arg("bias"), py::arg("mean"), py::arg("rstd"), py::arg("y"),
+               py::arg("eps"), py::arg("silu"), py::arg("dtype"),
                "Writes y, and mean and rstd (batch, groups). weight and bias (channels,) are "
-               "float32 or None; x and y are dense, of `dtype`, channels first or last.");
-    module.def("group_norm_silu_backward", &group_norm_silu_backward, py::kw_only(),
+               "float32 or None; x and y are dense, of `dtype`, channels first or last. sizes: "
+               "batch, channels, positions, groups, channels_last.");
+    module.def("group_norm_silu_backward", &group_norm_silu_backward, py::arg("sizes"),
                py::arg("grad"), py::arg("x"), py::arg("mean"), py::arg("rstd"), py::arg("weight"),
                py::arg("bias"), py::arg("grad_x"), py::arg("grad_weight"), py::arg("grad_bias"),
-               py::arg("batch"), py::arg("channels"), py::arg("positions"), py::arg("groups"),
-               py::arg("channels_last"), py::arg("silu"), py::arg("dtype"),
+               py::arg("silu"), py::arg("dtype"),
                "Writes those of grad_x, grad_weight and grad_bias that are not None.");
 }
 

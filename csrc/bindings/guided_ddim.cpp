@@ -91,15 +91,16 @@ void guided_ddim_step_backward(std::uintptr_t grad_address, std::int64_t count,
 }  // namespace
 
 void bind_guided_ddim_step(py::module_& module) {
+    // By position too: small tensors notice what a call costs.
     module.def(
-        "guided_ddim_step", &guided_ddim_step, py::kw_only(), py::arg("model_output"),
+        "guided_ddim_step", &guided_ddim_step, py::arg("model_output"),
         py::arg("model_output_count"), py::arg("model_dtype"), py::arg("latents"), py::arg("noise"),
         py::arg("coefficients"), py::arg("guidance_scale"), py::arg("out"), py::arg("count"),
         "Writes x_prev to out. Addresses are of dense arrays; count is in elements of latents.");
-    module.def("guided_ddim_step_backward", &guided_ddim_step_backward, py::kw_only(),
-               py::arg("grad"), py::arg("count"), py::arg("coefficients"),
-               py::arg("guidance_scale"), py::arg("model_dtype"), py::arg("out"),
-               py::arg("out_count"), "Writes the gradient of model_output to out.");
+    module.def("guided_ddim_step_backward", &guided_ddim_step_backward, py::arg("grad"),
+               py::arg("count"), py::arg("coefficients"), py::arg("guidance_scale"),
+               py::arg("model_dtype"), py::arg("out"), py::arg("out_count"),
+               "Writes the gradient of model_output to out.");
 }
 
 }  // namespace rewardprop::bindings

@@ -40,6 +40,9 @@ PYBIND11_MODULE(_native, module) {
         "CPU kernels of rewardprop_fast. Import torch first: its OpenMP pool is the one to share.";
     module.def(
         "version", [] { return REWARDPROP_VERSION; }, "The package version this was built from.");
+    module.def(
+        "sources", [] { return REWARDPROP_SOURCES; },
+        "What it was built from (rewardprop_fast/ops/sources.py).");
     module.def("isa_report", &bindings::isa_report,
                "Instruction sets: compiled in, supported by this machine, selected. Raises "
                "ValueError where REWARDPROP_ISA names one that cannot be used.");

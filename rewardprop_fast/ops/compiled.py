@@ -9,6 +9,7 @@ from typing import Any
 # Before any compiled module, whose libgomp.so.1 then resolves to torch's OpenMP pool.
 import torch  # noqa: F401
 
+from rewardprop_fast.ops import sources
 from rewardprop_fast.version import __version__
 
 _PACKAGE = Path(__file__).resolve().parent.parent
@@ -32,5 +33,12 @@ def load(name: str, note: Path) -> tuple[Any | None, str | None]:
     if module.version() != __version__:
         return None, (
             f"built for version {module.version()}, this is {__version__}: install it again"
+        )
+    present = sources.fingerprint(name)
+    built_from = module.sources() if hasattr(module, "sources") else "older ones"
+    if present is not None and built_from != present:
+        return None, (
+            f"built from other sources ({built_from}) than those here ({present}): build it again "
+            "(make, or python setup.py build_ext --inplace)"
         )
     return module, None

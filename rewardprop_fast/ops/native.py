@@ -28,7 +28,7 @@ def why_missing() -> str | None:
 def why_not_cpu(*tensors: torch.Tensor | None) -> str | None:
     """None where the compiled module can run on these tensors' device, otherwise the reason."""
     for tensor in tensors:
-        if tensor is not None and tensor.device.type != "cpu":
+        if tensor is not None and not tensor.is_cpu:
             return f"it runs on the CPU, the tensors are on {tensor.device}"
     return why_missing()
 

@@ -49,28 +49,56 @@ class Boundary:
         self.overload = overload
         self.redispatch = overload.redispatch
         self.kernel = kernel
+        #: What `differentiable` makes: all outputs, and the first alone.
         self.function: Any = None
+        self.function_of_first: Any = None
 
     def __call__(self, *args: Any) -> Any:
-        if torch.compiler.is_compiling() or not _is_unobserved(args):
+        needed = _gradient_past_dispatcher(args)
+        if needed is None:
             return self.overload(*args)
-        if _needs_gradient(args):
-            # Without a gradient of its own, autograd's answer is the dispatcher's.
-            if self.function is None:
-                return self.overload(*args)
-            return self.function.apply(None, *args)
-        return _below_autograd(self, None, args)
+        if not needed:
+            return _below_autograd(self, None, args)
+        # Without a gradient of its own, autograd's answer is the dispatcher's.
+        return self.overload(*args) if self.function is None else self.function.apply(*args)
+
+    def first(self, *args: Any) -> Any:
+        """The first output, where the others are there for the backward pass alone."""
+        needed = _gradient_past_dispatcher(args)
+        if needed is None:
+            return self.overload(*args)[0]
+        if not needed:
+            return _below_autograd(self, None, args)[0]
+        return self.function_of_first.apply(*args)
 
 
-def _is_unobserved(args: tuple[Any, ...]) -> bool:
-    """Whether the dispatcher would do no more for this call than find the kernel."""
+def _gradient_past_dispatcher(args: tuple[Any, ...]) -> bool | None:
+    """None where the dispatcher must see this call, otherwise whether it needs a gradient."""
+    if torch.compiler.is_compiling() or not _is_unobserved():
+        return None
+    needed = False
+    for arg in args:
+        kind = type(arg)
+        if kind is Tensor or kind is Parameter:
+            if arg.is_meta:
+                return None
+            needed = needed or arg.requires_grad
+        elif kind not in _NUMBERS and not _is_plain(arg):
+            return None
+    return needed and torch.is_grad_enabled()
+
+
+_NUMBERS = frozenset((type(None), bool, int, float, str, torch.dtype))
+
+
+def _is_unobserved() -> bool:
+    """Whether the dispatcher would do no more for plain tensors than find the kernel."""
     return (
         torch._C._len_torch_dispatch_stack() == 0
         and torch._C._len_torch_function_stack() == 0
         and torch._C._functorch.peek_interpreter_stack() is None
         and torch._C._get_tracing_state() is None
         and not torch.autograd._profiler_enabled()
-        and all(map(_is_plain, args))
     )
 
 
@@ -84,17 +112,11 @@ def _is_plain(arg: Any) -> bool:
     return not isinstance(arg, Tensor)
 
 
-def _needs_gradient(args: tuple[Any, ...]) -> bool:
-    return torch.is_grad_enabled() and any(
-        isinstance(arg, Tensor) and arg.requires_grad for arg in args
-    )
-
-
 def differentiable(
     boundary: Boundary,
     save: Callable[[Any, tuple[Any, ...], Any], None],
     gradients: Callable[..., tuple[Tensor | None, ...]],
-) -> Any:
+) -> None:
     """Give what `define` returned its gradient, once differentiable.
 
     Args:
@@ -102,15 +124,13 @@ def differentiable(
             ``ctx.save_for_backward`` for tensors, and marks outputs that carry no gradient.
         gradients: ``gradients(ctx, *grad_outputs)`` gives one gradient or None for each argument;
             ``ctx.needs_input_grad`` has one entry for each. A gradient that is not needed should
-            not be computed. Where several outputs carry gradients, some may be None.
+            not be computed. Where several outputs carry gradients, some may be None; those that
+            carry none may be left out.
 
     Only tensors that are arguments themselves carry gradients, not those inside lists.
-
-    Returns:
-        The Function that is applied where a gradient is needed.
     """
 
-    def forward(ctx: Any, keyset: Any, *args: Any) -> Any:
+    def run(ctx: Any, keyset: Any, args: tuple[Any, ...]) -> Any:
         ctx.set_materialize_grads(False)
         ctx.wish = registry.current()
         output = _below_autograd(boundary, keyset, args)
@@ -119,30 +139,72 @@ def differentiable(
         save(ctx, args, output)
         return output
 
-    @once_differentiable
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+    def differentiate(ctx: Any, grads: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
         if all(grad is None for grad in grads):
             return (None,) * len(ctx.needs_input_grad)
+        if registry.current() is ctx.wish:
+            return gradients(ctx, *grads)
         # On a GPU this runs in autograd's own thread, which knows nothing of the caller's context.
         with registry.under(ctx.wish):
-            return (None, *gradients(_Arguments(ctx), *grads))
+            return gradients(ctx, *grads)
 
-    name = boundary.overload._schema.name.partition("::")[2]
-    function: Any = type(
-        f"{name}_function",
-        (torch.autograd.Function,),
-        {"forward": staticmethod(forward), "backward": staticmethod(backward)},
-    )
+    class Plain(torch.autograd.Function):
+        """The way past the dispatcher."""
+
+        @staticmethod
+        def forward(ctx: Any, *args: Any) -> Any:
+            return run(ctx, None, args)
+
+        @staticmethod
+        @_once_differentiable
+        def backward(ctx: Any, *grads: Tensor | None) -> Any:
+            return differentiate(ctx, grads)
+
+    class PlainFirst(Plain):
+        @staticmethod
+        def forward(ctx: Any, *args: Any) -> Any:
+            return run(ctx, None, args)[0]
+
+    class Dispatched(torch.autograd.Function):
+        """Below the dispatcher, which hands over its keys as an argument of their own."""
+
+        @staticmethod
+        def forward(ctx: Any, keyset: Any, *args: Any) -> Any:
+            return run(ctx, keyset, args)
+
+        @staticmethod
+        @_once_differentiable
+        def backward(ctx: Any, *grads: Tensor | None) -> Any:
+            return (None, *differentiate(_Arguments(ctx), grads))
 
     def autograd(keyset: Any, *args: Any) -> Any:
         # Function.apply makes a node even where nothing needs one; the no-grad prefix goes past it.
         if _needs_gradient(args):
-            return function.apply(keyset, *args)
+            return Dispatched.apply(keyset, *args)
         return _below_autograd(boundary, keyset, args)
 
+    name = boundary.overload._schema.name.partition("::")[2]
+    for function in (Plain, PlainFirst, Dispatched):  # what a graph's node is called
+        function.__name__ = f"{name}_function"
+        function._backward_cls.__name__ = f"{name}_functionBackward"
     _library.impl(name, autograd, "Autograd", with_keyset=True)
-    boundary.function = function
-    return function
+    boundary.function, boundary.function_of_first = Plain, PlainFirst
+
+
+def _once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """torch's once_differentiable, which costs nothing where no second derivative is asked for."""
+    guarded = once_differentiable(backward)
+
+    def run(ctx: Any, *grads: Tensor | None) -> Any:
+        return guarded(ctx, *grads) if torch.is_grad_enabled() else backward(ctx, *grads)
+
+    return run
+
+
+def _needs_gradient(args: tuple[Any, ...]) -> bool:
+    return torch.is_grad_enabled() and any(
+        isinstance(arg, Tensor) and arg.requires_grad for arg in args
+    )
 
 
 class _Arguments:

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from rewardprop_fast.ops import compiled, cuda_module, native
+from rewardprop_fast.ops import compiled, cuda_module, native, sources
+from rewardprop_fast.version import __version__
 
 ROOT = Path(__file__).resolve().parents[2]
 COMPILER = os.environ.get("CXX") or "g++"
@@ -102,8 +103,9 @@ def test_without_a_working_nvcc_the_other_module_is_there_all_the_same(
 ) -> None:
     """On the build files alone, with a file in place of the CPU's module, which takes its time."""
     tree = tmp_path / "tree"
-    for file in ("setup.py", "pyproject.toml", "rewardprop_fast/version.py"):
-        (tree / file).parent.mkdir(exist_ok=True)
+    package = ("rewardprop_fast/version.py", "rewardprop_fast/ops/sources.py")
+    for file in ("setup.py", "pyproject.toml", *package):
+        (tree / file).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(ROOT / file, tree / file)
     shutil.copytree(ROOT / "csrc" / "cuda", tree / "csrc" / "cuda")
     (tree / "CMakeLists.txt").write_text(
@@ -180,6 +182,58 @@ def test_a_module_of_another_version_is_not_used(monkeypatch: pytest.MonkeyPatch
     assert module is None
     assert problem is not None
     assert problem.startswith("built for version 0.0.1")
+
+
+@pytest.mark.parametrize("name", ["_native", "_cuda"])
+def test_a_module_of_other_sources_is_not_used(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was built before the last change of csrc, or before modules could say."""
+
+    class Older:
+        version = staticmethod(lambda: __version__)
+
+    class Other(Older):
+        sources = staticmethod(lambda: "0123456789abcdef")
+
+    class Same(Older):
+        sources = staticmethod(lambda: sources.fingerprint(name))
+
+    found = []
+    for module in (Older, Other, Same):
+        monkeypatch.setattr(compiled, "import_module", lambda _, module=module: module)
+        found.append(compiled.load(name, Path("no note")))
+    assert found[2] == (Same, None)
+    assert [module for module, _ in found[:2]] == [None, None]
+    assert "from other sources (older ones) than those here" in str(found[0][1])
+    assert "(0123456789abcdef)" in str(found[1][1])
+    assert "python setup.py build_ext --inplace" in str(found[1][1])
+    monkeypatch.setattr(compiled, "import_module", lambda _: Other)
+    monkeypatch.setattr(sources, "fingerprint", lambda _: None)  # installed, without sources
+    assert compiled.load(name, Path("no note")) == (Other, None)
+
+
+def test_every_source_counts_for_its_module_alone(tmp_path: Path) -> None:
+    root = tmp_path / "root"
+    root.mkdir()
+    assert sources.fingerprint("_native", root) is None
+    shutil.copy(ROOT / "CMakeLists.txt", root)
+    shutil.copytree(ROOT / "csrc", root / "csrc")
+    before = {name: sources.fingerprint(name, root) for name in ("_native", "_cuda")}
+    assert before == {name: sources.fingerprint(name) for name in before}
+    for path, changed in (
+        ("csrc/cpu/isa.h", {"_native"}),
+        ("csrc/bindings/geglu.cpp", {"_native"}),
+        ("CMakeLists.txt", {"_native"}),
+        ("csrc/cuda/geglu.cu", {"_cuda"}),
+        ("csrc/math/exp.h", {"_native", "_cuda"}),
+        ("csrc/bindings/arrays.h", {"_native", "_cuda"}),
+    ):
+        content = (root / path).read_bytes()
+        (root / path).write_bytes(content + b" ")
+        after = {name: sources.fingerprint(name, root) for name in before}
+        assert {name for name in before if after[name] != before[name]} == changed, path
+        (root / path).write_bytes(content)
+    (root / "csrc/cpu/isa.h").rename(root / "csrc/cpu/other.h")
+    assert sources.fingerprint("_native", root) != before["_native"]
 
 
 def _not_found(name: str) -> None:

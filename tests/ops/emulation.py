@@ -92,6 +92,7 @@ def _binding_flags() -> list[str]:
         "-O0",
         "-DREWARDPROP_MODULE=_cuda_emulated",
         f'-DREWARDPROP_VERSION="{__version__}"',
+        '-DREWARDPROP_SOURCES="emulated"',
         f"-I{sysconfig.get_paths()['include']}",
         f"-I{pybind11.get_include()}",
     ]

@@ -9,6 +9,9 @@ PYBIND11_MODULE(REWARDPROP_MODULE, module) {
     module.doc() = "CUDA kernels of rewardprop_fast.";
     module.def(
         "version", [] { return REWARDPROP_VERSION; }, "The package version this was built from.");
+    module.def(
+        "sources", [] { return REWARDPROP_SOURCES; },
+        "What it was built from (rewardprop_fast/ops/sources.py).");
     bindings::bind_geglu(module);
     bindings::bind_group_norm_silu(module);
     bindings::bind_guided_ddim_step(module);

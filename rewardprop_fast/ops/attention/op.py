@@ -69,7 +69,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Te
     Source: arXiv 1706.03762, eq. 1; backward arXiv 2205.14135, appendix B.
     """
     _check(q, k, v)
-    out: Tensor = _FORWARD(q, k, v, q.shape[-1] ** -0.5 if scale is None else float(scale))[0]
+    out: Tensor = _FORWARD.first(q, k, v, q.shape[-1] ** -0.5 if scale is None else float(scale))
     return out
 
 
@@ -125,7 +125,7 @@ def _save(ctx: Any, args: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> Non
     ctx.mark_non_differentiable(lse)
 
 
-def _gradients(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
+def _gradients(ctx: Any, grad: Tensor, *_: None) -> tuple[Tensor | None, ...]:
     needed = ctx.needs_input_grad[:3]
     gradients = _BACKWARD(grad, *ctx.saved_tensors, ctx.scale, needed)
     wanted = (gradient if need else None for gradient, need in zip(gradients, needed, strict=True))
@@ -143,7 +143,7 @@ _BACKWARD = define(
     _backward,
     _backward_fake,
 )
-_FUNCTION = differentiable(_FORWARD, _save, _gradients)
+differentiable(_FORWARD, _save, _gradients)
 
 
 # --- legality ---

@@ -100,4 +100,4 @@ _FORWARD = define(
 _BACKWARD = define(
     "frozen_linear_backward(Tensor grad, Tensor weight) -> Tensor", _backward, _backward_fake
 )
-_FUNCTION = differentiable(_FORWARD, _save, _gradients)
+differentiable(_FORWARD, _save, _gradients)

@@ -94,7 +94,7 @@ def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 _FORWARD = define("geglu(Tensor x) -> Tensor", _forward, _forward_fake)
 _BACKWARD = define("geglu_backward(Tensor grad, Tensor x) -> Tensor", _backward, _backward_fake)
-_FUNCTION = differentiable(_FORWARD, _save, _gradients)
+differentiable(_FORWARD, _save, _gradients)
 
 
 # --- legality ---

@@ -8,7 +8,6 @@ threads.
 from __future__ import annotations
 
 from math import prod
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -43,18 +42,20 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """y in the layout of ``x``, one of the two of layout.py; mean and rstd (B, G), float32."""
     y = layout.empty_like(x)
-    mean, rstd = (x.new_empty((x.shape[0], num_groups), dtype=torch.float32) for _ in range(2))
+    mean = x.new_empty((x.shape[0], num_groups), dtype=torch.float32)
+    rstd = torch.empty_like(mean)
     weight, bias = _single(weight), _single(bias)
     native.module().group_norm_silu(
-        x=x.data_ptr(),
-        weight=_address(weight),
-        bias=_address(bias),
-        mean=mean.data_ptr(),
-        rstd=rstd.data_ptr(),
-        y=y.data_ptr(),
-        eps=eps,
-        silu=silu,
-        **_shape(x, num_groups),
+        _shape(x, num_groups),
+        x.data_ptr(),
+        _address(weight),
+        _address(bias),
+        mean.data_ptr(),
+        rstd.data_ptr(),
+        y.data_ptr(),
+        eps,
+        silu,
+        _DTYPES[x.dtype],
     )
     return y, mean, rstd
 
@@ -71,37 +72,37 @@ def backward(
 ) -> list[Tensor]:
     """The gradients that are needed, of x, weight and bias; ``grad`` in the layout of ``x``."""
     grad_x = layout.empty_like(x) if needs[0] else None
-    grad_weight, grad_bias = (
-        x.new_empty(x.shape[1], dtype=torch.float32) if needed else None for needed in needs[1:]
-    )
+    grad_weight = grad_bias = None
+    if needs[1]:
+        grad_weight = x.new_empty(x.shape[1], dtype=torch.float32)
+    if needs[2]:
+        grad_bias = x.new_empty(x.shape[1], dtype=torch.float32)
     weight_single, bias_single = _single(weight), _single(bias)
     native.module().group_norm_silu_backward(
-        grad=grad.data_ptr(),
-        x=x.data_ptr(),
-        mean=mean.data_ptr(),
-        rstd=rstd.data_ptr(),
-        weight=_address(weight_single),
-        bias=_address(bias_single),
-        grad_x=_address(grad_x),
-        grad_weight=_address(grad_weight),
-        grad_bias=_address(grad_bias),
-        silu=silu,
-        **_shape(x, mean.shape[1]),
+        _shape(x, mean.shape[1]),
+        grad.data_ptr(),
+        x.data_ptr(),
+        mean.data_ptr(),
+        rstd.data_ptr(),
+        _address(weight_single),
+        _address(bias_single),
+        _address(grad_x),
+        _address(grad_weight),
+        _address(grad_bias),
+        silu,
+        _DTYPES[x.dtype],
     )
-    gradients = ((grad_x, x), (grad_weight, weight), (grad_bias, bias))
-    return [found.to(of.dtype) for found, of in gradients if found is not None and of is not None]
+    found = [] if grad_x is None else [grad_x]
+    for gradient, parameter in ((grad_weight, weight), (grad_bias, bias)):
+        if gradient is not None and parameter is not None:
+            found.append(gradient.to(parameter.dtype))
+    return found
 
 
-def _shape(x: Tensor, num_groups: int) -> dict[str, Any]:
+def _shape(x: Tensor, num_groups: int) -> tuple[int, int, int, int, bool]:
+    """Images, channels, positions, groups, and the layout."""
     batch, channels, *spatial = x.shape
-    return {
-        "batch": batch,
-        "channels": channels,
-        "positions": prod(spatial),
-        "groups": num_groups,
-        "channels_last": layout.is_channels_last(x),
-        "dtype": _DTYPES[x.dtype],
-    }
+    return batch, channels, prod(spatial), num_groups, layout.is_channels_last(x)
 
 
 def _single(parameter: Tensor | None) -> Tensor | None:

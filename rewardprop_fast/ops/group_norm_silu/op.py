@@ -73,7 +73,7 @@ def group_norm(
     Raises:
         ValueError: a shape, dtype or device does not fit.
     """
-    result: Tensor = _FORWARD(x, weight, bias, num_groups, float(eps), bool(silu))[0]
+    result: Tensor = _FORWARD.first(x, weight, bias, num_groups, float(eps), bool(silu))
     return result
 
 
@@ -192,7 +192,7 @@ _BACKWARD = define(
     _backward,
     _backward_fake,
 )
-_FUNCTION = differentiable(_FORWARD, _save, _gradients)
+differentiable(_FORWARD, _save, _gradients)
 
 
 # --- legality ---

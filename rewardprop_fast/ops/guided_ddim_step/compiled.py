@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_MODEL_DTYPES = {
+MODEL_DTYPES = {
     torch.float32: "float32",
     torch.bfloat16: "bfloat16",
     torch.float16: "float16",
@@ -31,7 +31,7 @@ def forward(
     module.guided_ddim_step(
         model_output=model_output.data_ptr(),
         model_output_count=model_output.numel(),
-        model_dtype=_MODEL_DTYPES[model_output.dtype],
+        model_dtype=MODEL_DTYPES[model_output.dtype],
         latents=latents.data_ptr(),
         noise=None if noise is None else noise.data_ptr(),
         coefficients=coefficients.data_ptr(),
@@ -58,7 +58,7 @@ def backward(
         count=grad.numel(),
         coefficients=coefficients.data_ptr(),
         guidance_scale=guidance_scale,
-        model_dtype=_MODEL_DTYPES[model_dtype],
+        model_dtype=MODEL_DTYPES[model_dtype],
         out=out.data_ptr(),
         out_count=out.numel(),
         **where,

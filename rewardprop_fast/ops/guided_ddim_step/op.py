@@ -163,7 +163,7 @@ _BACKWARD = define(
     _backward,
     _backward_fake,
 )
-_FUNCTION = differentiable(_FORWARD, _save, _gradients)
+differentiable(_FORWARD, _save, _gradients)
 
 
 # --- legality ---
@@ -183,35 +183,38 @@ def _check(
     guidance_scale: float | None,
     noise: Tensor | None,
 ) -> None:
-    if latents.dim() != 4:
-        raise ValueError(f"latents have shape {tuple(latents.shape)}; expected (B, C, h, w).")
-    factor, kind = (1, "without guidance") if guidance_scale is None else (2, "with guidance")
-    expected = (factor * latents.shape[0], *latents.shape[1:])
-    if tuple(model_output.shape) != expected:
+    shape = latents.shape
+    if len(shape) != 4:
+        raise ValueError(f"latents have shape {tuple(shape)}; expected (B, C, h, w).")
+    expected = shape if guidance_scale is None else (2 * shape[0], *shape[1:])
+    if model_output.shape != expected:
+        kind = "without guidance" if guidance_scale is None else "with guidance"
         raise ValueError(
             f"model_output has shape {tuple(model_output.shape)}; {kind} and latents "
-            f"{tuple(latents.shape)} it must be {expected}."
+            f"{tuple(shape)} it must be {tuple(expected)}."
         )
-    if tuple(coefficients.shape) != (3,):
+    if coefficients.shape != (3,):
         raise ValueError(
             f"coefficients have shape {tuple(coefficients.shape)}; expected (3,): a, b, sigma."
         )
     _check_dtype("model_output", model_output, _MODEL_DTYPES)
     _check_dtype("latents", latents, _LATENT_DTYPES)
     _check_dtype("coefficients", coefficients, _LATENT_DTYPES)
-    others = {"model_output": model_output, "coefficients": coefficients}
-    if noise is not None:
-        others["noise"] = noise
-        if noise.shape != latents.shape or noise.dtype != latents.dtype:
-            raise ValueError(
-                f"noise is {tuple(noise.shape)} {noise.dtype}; it must be like the latents, "
-                f"{tuple(latents.shape)} {latents.dtype}."
-            )
-    for name, tensor in others.items():
-        if tensor.device != latents.device:
-            raise ValueError(
-                f"{name} is on {tensor.device}, latents on {latents.device}; use one device."
-            )
+    if noise is not None and (noise.shape != shape or noise.dtype != latents.dtype):
+        raise ValueError(
+            f"noise is {tuple(noise.shape)} {noise.dtype}; it must be like the latents, "
+            f"{tuple(shape)} {latents.dtype}."
+        )
+    device = latents.device
+    if model_output.device != device or coefficients.device != device:
+        name, tensor = (
+            ("coefficients", coefficients)
+            if model_output.device == device
+            else ("model_output", model_output)
+        )
+        raise ValueError(f"{name} is on {tensor.device}, latents on {device}; use one device.")
+    if noise is not None and noise.device != device:
+        raise ValueError(f"noise is on {noise.device}, latents on {device}; use one device.")
 
 
 def _check_dtype(name: str, tensor: Tensor, allowed: tuple[torch.dtype, ...]) -> None:

@@ -248,7 +248,7 @@ _BACKWARD = define(
     _backward,
     _backward_fake,
 )
-_FUNCTION = differentiable(_FORWARD, _save, _gradients)
+differentiable(_FORWARD, _save, _gradients)
 
 
 # --- legality ---
