@@ -12,7 +12,7 @@ of cache, or that needs two passes over its input as a large norm does, moves mo
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 from torch.utils import flop_counter
 
+from rewardprop_fast.memory.signature import signature
 from rewardprop_fast.ops.flops import FLOP_FORMULAS
 
 aten = torch.ops.aten
@@ -72,7 +73,7 @@ class CostCounter:
 
     def see(self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> Cost:
         """Count one call, as `cost_of`, and return its cost."""
-        key = (func, *_signature(args), *kwargs, *_signature(kwargs.values()))
+        key = signature(func, args, kwargs)
         cost = self._known.get(key)
         if cost is None:
             cost = cost_of(func, args, kwargs, output)
@@ -90,20 +91,6 @@ class CostCounter:
     def nbytes(self) -> int:
         """All that was read and written."""
         return sum(cost.nbytes * count for cost, count in self.costs.items())
-
-
-def _signature(values: Iterable[Any]) -> Iterator[Any]:
-    """What a cost depends on. Numbers with a point are not: they may differ at every step."""
-    for value in values:
-        if isinstance(value, Tensor):
-            yield value.shape
-            if value.layout == torch.strided:
-                yield value.stride()
-            yield value.dtype
-        elif isinstance(value, (list, tuple)):
-            yield (*_signature(value),)
-        elif not isinstance(value, float):
-            yield value
 
 
 # --- FLOPs ---

@@ -107,6 +107,14 @@ class MemoryTracker(TorchDispatchMode):
                 del found[~entry]
         return _largest_first(found.values())
 
+    def events(self) -> list[tuple[int, int]]:
+        """What became alive and was freed, in order: (which, bytes) and later (which, -bytes).
+
+        What an allocator would have to give: `memory.allocator.replay` takes it.
+        """
+        sizes = [holding.nbytes for holding in self._holdings]
+        return [(i, sizes[i]) if i >= 0 else (~i, -sizes[~i]) for i in self._log]
+
     def at_peak_by(self, key: str) -> dict[str, int]:
         """Bytes alive at the peak by one attribute of `Holding` ("module", "phase", "operator")."""
         totals: Counter[str] = Counter()

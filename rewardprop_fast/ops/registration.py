@@ -20,6 +20,9 @@ from rewardprop_fast.ops import registry, triton_runtime
 
 _library = torch.library.Library("rewardprop_fast", "FRAGMENT")
 
+#: By overload: what ``_library`` itself cannot be asked for.
+_kernels: dict[Any, Callable[..., Any]] = {}
+
 _VIEW_TRACKING = torch._C.DispatchKeySet(torch._C.DispatchKey.ADInplaceOrView)
 _BELOW_VIEW_TRACKING = torch._C._after_autograd_keyset - _VIEW_TRACKING
 
@@ -39,7 +42,14 @@ def define(schema: str, kernel: Callable[..., Any], fake: Callable[..., Any]) ->
     recorded = triton_runtime.recorded(kernel, fake)
     fake_kernel = registry.observed(kernel, fake, otherwise=recorded)
     torch.library.register_fake(f"rewardprop_fast::{name}", fake_kernel, lib=_library)
-    return Boundary(getattr(torch.ops.rewardprop_fast, name).default, kernel)
+    boundary = Boundary(getattr(torch.ops.rewardprop_fast, name).default, kernel)
+    _kernels[boundary.overload] = kernel
+    return boundary
+
+
+def kernel_of(overload: Any) -> Callable[..., Any] | None:
+    """What computes one of the library's operators, behind the dispatcher; None for others."""
+    return _kernels.get(overload)
 
 
 class Boundary:

@@ -39,21 +39,21 @@ def backward(
     groups: int,
     channels_last: bool,
 ) -> Tensor:
-    """dX (B, C, H, W), in memory as ``channels_last`` says, from dY (B, N, H', W')."""
-    # Of x, aten reads no value: the gradient of W, which would need them, is switched off.
-    layout = torch.channels_last if channels_last else torch.contiguous_format
-    x = torch.empty(x_shape, dtype=grad.dtype, device=grad.device, memory_format=layout)
-    dx: Tensor = torch.ops.aten.convolution_backward(
-        grad,
-        x,
-        weight,
-        None,
-        stride,
-        padding,
-        dilation,
-        False,
-        [0, 0],
-        groups,
-        [True, False, False],
-    )[0]
+    """dX (B, C, H, W), in memory as ``channels_last`` says, from dY (B, N, H', W').
+
+    The transposed convolution of dY, which is what ``convolution_backward`` computes for dX, to the
+    last bit. That would have to be given an x, of which it only looks at the sizes: memory for
+    nothing, up to half a gigabyte in a decoder.
+    """
+    geometry = zip(
+        x_shape[2:], grad.shape[2:], weight.shape[2:], stride, padding, dilation, strict=True
+    )
+    # The rows and columns of x beyond the last that any output has seen.
+    unseen = [
+        size - ((outputs - 1) * step - 2 * pad + spread * (taps - 1) + 1)
+        for size, outputs, taps, step, pad, spread in geometry
+    ]
+    dx: Tensor = torch.ops.aten.convolution(
+        grad, weight, None, stride, padding, dilation, True, unseen, groups
+    )
     return dx
