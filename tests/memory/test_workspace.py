@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from functools import partial
 from typing import Any
 
@@ -13,8 +14,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from rewardprop_fast import ops
+from rewardprop_fast.memory import MemoryTracker
 from rewardprop_fast.memory.workspace import (
     Workspaces,
+    _watched,
     cublas_workspace,
     measure_workspace,
     workspace_of,
@@ -168,6 +171,16 @@ def storage(tensor: Tensor) -> int:
     return tensor.untyped_storage()._cdata
 
 
+def test_an_argument_that_is_read_last_is_none_the_less_given() -> None:
+    def kernel(a: Tensor, b: Tensor) -> Tensor:
+        large = a.new_empty(100)
+        del large
+        return b + 1
+
+    a, b = torch.zeros(1), torch.zeros(10)
+    assert _watched(kernel, (a, b), {}, (8, 6)) == 4 * (100 - 10)
+
+
 # --- within a dispatch mode ---
 
 
@@ -183,13 +196,25 @@ class Watching(TorchDispatchMode):
         return func(*args, **kwargs)
 
 
-def test_it_can_be_asked_from_within_a_mode_on_fake_tensors() -> None:
-    with FakeTensorMode(), Watching() as watching:
+def step(*modes: TorchDispatchMode) -> MemoryTracker:
+    """An upsampling convolution, forward and backward, twice."""
+    with ExitStack() as stack:
+        stack.enter_context(FakeTensorMode())
+        tracker = stack.enter_context(MemoryTracker())
+        for mode in modes:
+            stack.enter_context(mode)
         x, weight = image(1, 4, 8, 8).requires_grad_(), image(4, 4, 3, 3)
         for _ in range(2):
             y = ops.frozen_upsample_conv2d(x, weight)
             y.backward(torch.empty_like(y))
+    return tracker
+
+
+def test_it_can_be_asked_from_within_a_mode_on_fake_tensors() -> None:
+    watching = Watching()
+    tracker = step(watching)
     large = 4 * 16 * 16 * 4
     assert [found for found in watching.found if found] == [large] * 4
     assert watching.workspaces.peak == large
     assert len(watching.workspaces._known) == 2
+    assert tracker.events() == step().events()  # other modes see nothing of the question
