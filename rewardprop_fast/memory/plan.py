@@ -32,6 +32,9 @@ from rewardprop_fast.memory.kinds import KINDS
 
 FORMAT, VERSION = "rewardprop-plan", 1
 
+#: Of the schedules that models are trained with; guards against a slip of the finger.
+_MOST_STEPS = 1000
+
 Rules = Mapping[str, "Policy"]
 
 
@@ -83,6 +86,14 @@ class Plan:
         """Of the gradient step ``index``, 0 the first that runs."""
         return self.steps[min(index, len(self.steps) - 1)]
 
+    def __post_init__(self) -> None:
+        if not self.steps:
+            raise ConfigError("A plan needs the rules of one gradient step at least: steps=({},).")
+        steps = tuple(_rules(rules, "The plan, steps") for rules in self.steps)
+        object.__setattr__(self, "steps", steps)
+        object.__setattr__(self, "decode", _rules(self.decode, "The plan, decode"))
+        object.__setattr__(self, "reward", _rules(self.reward, "The plan, reward"))
+
     @property
     def offloads(self) -> bool:
         """Whether anything of it goes to host memory."""
@@ -94,7 +105,8 @@ class Plan:
         """Readable and editable; `from_json` gives an equal plan."""
         steps = [
             {"count": len(list(same)), "rules": dict(rules)}
-            for rules, same in groupby(self.steps, key=dict)
+            # as lists: of two mappings that differ in order alone, another rule may be the last
+            for rules, same in groupby(self.steps, key=lambda rules: list(rules.items()))
         ]
         data = {
             "format": FORMAT,
@@ -117,8 +129,8 @@ class Plan:
             ConfigError: with what is wrong and what is allowed.
         """
         try:
-            data = json.loads(text)
-        except ValueError as error:
+            data = json.loads(text, object_pairs_hook=_without_twins)
+        except (ValueError, RecursionError) as error:
             raise ConfigError(f"{title} is no JSON: {error}.") from None
         return _read(data, title)
 
@@ -153,7 +165,18 @@ def check_rules(rules: Rules, names: Sequence[str], kinds: Sequence[str], title:
 
 
 def _example(names: Sequence[str]) -> str:
-    return f"{names[0].rpartition('.')[0]}.*" if names else "unet.mid_block.*"
+    inner = next((name for name in names if "." in name), "unet.mid_block.")
+    return f"{inner.rpartition('.')[0]}.*"
+
+
+def _without_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Of two equal keys JSON would take the second, in the place of the first."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        keys = [key for key, _ in pairs]
+        twin = next(key for key in keys if keys.count(key) > 1)
+        raise ValueError(f"the key {twin!r} is there twice")
+    return found
 
 
 def _read(data: Any, title: str) -> Plan:
@@ -175,17 +198,28 @@ def _read(data: Any, title: str) -> Plan:
     rules: list[Rules] = []
     for entry in steps:
         count = entry.get("count", 1) if isinstance(entry, dict) else None
-        if type(count) is not int or count < 1 or entry.keys() - {"count", "rules"}:
+        if (
+            type(count) is not int
+            or not 1 <= count <= _MOST_STEPS
+            or entry.keys() - {"count", "rules"}
+        ):
             raise ConfigError(
-                f'{title}: a step is {{"count": 1 or more, "rules": {{...}}}}, not {entry!r}.'
+                f'{title}: a step is {{"count": 1 to {_MOST_STEPS}, "rules": {{...}}}}, not '
+                f"{entry!r}."
             )
         rules += [_rules(entry.get("rules", {}), f"{title}, steps")] * count
     residency = data.get("residency", "all")
     if residency not in RESIDENCIES:
-        raise ConfigError(f"{title}: residency is {residency!r}; allowed: {', '.join(RESIDENCIES)}")
+        allowed = ", ".join(RESIDENCIES)
+        raise ConfigError(f"{title}: residency is {residency!r}; allowed: {allowed}.")
     budget = data.get("budget_bytes")
     if budget is not None and (type(budget) is not int or budget < 1):
-        raise ConfigError(f"{title}: budget_bytes is {budget!r}; allowed: a whole number, or null.")
+        raise ConfigError(
+            f"{title}: budget_bytes is {budget!r}; allowed: a whole number from 1, or null."
+        )
+    for key in ("for", "prediction"):
+        if not isinstance(data.get(key, {}), dict):
+            raise ConfigError(f"{title}: {key!r} is {data[key]!r}; allowed: a mapping.")
     return Plan(
         tuple(rules),
         _rules(data.get("decode", {}), f"{title}, decode"),
@@ -198,7 +232,7 @@ def _read(data: Any, title: str) -> Plan:
 
 
 def _rules(given: Any, title: str) -> Rules:
-    if not isinstance(given, dict):
+    if not isinstance(given, Mapping):
         raise ConfigError(f"{title}: rules are a mapping of segments to policies, not {given!r}.")
     found: dict[str, Policy] = {}
     for key, value in given.items():

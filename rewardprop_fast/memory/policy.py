@@ -1,13 +1,14 @@
 """Putting a plan to work: every segment's calls go where the plan says.
 
-Each segment's method is shadowed by an attribute of its module, which decides at every call:
-without gradients, or where the plan says "keep", the method itself runs. Nothing else of the module
-changes; `AppliedPlan.remove` takes the attributes away again.
+A segment for which the plan has more than "keep" has its method shadowed by an attribute of its
+module, which decides at every call; without gradients the method itself runs. Nothing else of the
+module changes; `AppliedPlan.remove` takes the attributes away again. A copy of the module, or what
+is unpickled, is under no plan.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Protocol
 
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from rewardprop_fast.errors import ConfigError
 from rewardprop_fast.memory.kinds import STEP
 from rewardprop_fast.memory.plan import Plan, Policy, Rules, check_rules, policy_for
-from rewardprop_fast.memory.recompute import recompute
+from rewardprop_fast.memory.recompute import RecomputeError, is_second_run, recompute
 from rewardprop_fast.memory.segments import (
     Segment,
     reward_segments,
@@ -85,25 +86,32 @@ class AppliedPlan:
         verify: bool,
     ) -> None:
         self.plan, self.offloader, self.codec, self.verify = plan, offloader, codec, verify
+        self.removed = False
         self.index = -1  # of the gradient step that runs or ran last
-        parts: list[tuple[str, list[Segment], Sequence[Rules]]] = [
-            ("steps", unet_segments(unet) if unet is not None else [], plan.steps),
-            ("decode", vae_segments(vae) if vae is not None else [], (plan.decode,)),
-            ("reward", reward_segments(reward), (plan.reward,)),
-        ]
         self.runners: list[Runner] = []
-        for title, segments, rules in parts:
-            self._check(title, segments, rules)
-            for segment in segments:
-                policies = [policy_for(rule, segment.name, segment.kind) for rule in rules]
-                self.runners.append(Runner(self, segment, policies))
+        if unet is not None:
+            self._place("steps", unet_segments(unet), plan.steps)
+        if vae is not None:
+            self._place("decode", vae_segments(vae), (plan.decode,))
+        if reward is not None:
+            self._place("reward", reward_segments(reward), (plan.reward,))
         for runner in self.runners:
             runner.install()
+
+    def _place(self, title: str, segments: list[Segment], rules: Sequence[Rules]) -> None:
+        """Make the runners of one network, of segments that are not always kept alone."""
+        self._check(title, segments, rules)
+        policies = [[policy_for(rule, s.name, s.kind) for rule in rules] for s in segments]
+        # Which step it is, the UNet's own runner tells the others.
+        told = any(len(set(own)) > 1 for own in policies)
+        for segment, own in zip(segments, policies, strict=True):
+            if set(own) != {Policy.KEEP} or (told and segment.kind == STEP):
+                self.runners.append(Runner(self, segment, own))
 
     def _check(self, title: str, segments: list[Segment], rules: Sequence[Rules]) -> None:
         names, kinds = [s.name for s in segments], [s.kind for s in segments]
         asked = {policy for rule in rules for policy in rule.values()}
-        for rule in rules if segments else ():
+        for rule in rules:
             check_rules(rule, names, kinds, f"The plan's {title!r}")
         if self.offloader is None and asked & {Policy.OFFLOAD, Policy.RECOMPUTE_OFFLOAD}:
             raise ConfigError(
@@ -121,10 +129,11 @@ class AppliedPlan:
                 raise ConfigError(f"A plan is at work in {segment.name}; remove it first.")
 
     def remove(self) -> None:
-        """Every module is as it was before `apply`."""
-        for runner in self.runners:
+        """Every module is as it was before `apply`. To be called after backward, not before it."""
+        for runner in reversed(self.runners):
             runner.uninstall()
         self.runners = []
+        self.removed = True
 
     @contextmanager
     def at(self, index: int) -> Iterator[None]:
@@ -143,7 +152,6 @@ class Runner:
         self.applied, self.segment, self.policies = applied, segment, policies
         self.is_step = segment.kind == STEP
         self.shadowed: Any = _MISSING  # a forward that was replaced before
-        self.original: Callable[..., Any] | None = None
 
     def install(self) -> None:
         attributes = vars(self.segment.module)
@@ -152,51 +160,55 @@ class Runner:
 
     def uninstall(self) -> None:
         attributes = vars(self.segment.module)
+        if attributes.get(self.segment.method) is not self:
+            return  # somebody has put a forward of his own around this one, and will call it
         if self.shadowed is _MISSING:
-            attributes.pop(self.segment.method, None)
+            del attributes[self.segment.method]
         else:
             attributes[self.segment.method] = self.shadowed
+
+    def __reduce__(self) -> Any:
+        """For copying and pickling: what the module's method is without the plan."""
+        if self.shadowed is not _MISSING:
+            return _same, (self.shadowed,)
+        return Unplanned, (self.segment.module, self.segment.method)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if not torch.is_grad_enabled():
             return self.run(*args, **kwargs)
         applied = self.applied
+        if applied.removed:
+            return self.run(*args, **kwargs)
         if self.is_step:
             latents = args[0] if args else kwargs["sample"]
             applied.index = applied.index + 1 if latents.requires_grad else 0
         index = applied.index
         policy = self.policies[max(0, min(index, len(self.policies) - 1))]
-        return self.under(policy, index, args, kwargs)
-
-    def under(self, policy: Policy, index: int, args: Any, kwargs: Any) -> Any:
-        applied = self.applied
-        if policy is Policy.KEEP:
-            return self.run(*args, **kwargs)
-        if policy is Policy.QUANTISE:
-            assert applied.codec is not None
-            codec = applied.codec
-            with torch.autograd.graph.saved_tensors_hooks(codec.encode, codec.decode):
+        with self.elsewhere(policy):
+            if policy not in (Policy.RECOMPUTE, Policy.RECOMPUTE_OFFLOAD):
                 return self.run(*args, **kwargs)
-        with self.offloaded(policy):
-            if policy is Policy.OFFLOAD:
-                return self.run(*args, **kwargs)
-            return recompute(
-                self.run_at,
-                index,
-                *args,
-                name=self.segment.name,
-                random=self.segment.module.training,
-                verify=applied.verify,
-                **kwargs,
-            )
+            name, verify = self.segment.name, applied.verify
+            return recompute(self.run_at, index, args, kwargs, name=name, verify=verify)
 
-    def offloaded(self, policy: Policy) -> AbstractContextManager[None]:
-        if policy is Policy.RECOMPUTE:
+    def elsewhere(self, policy: Policy) -> AbstractContextManager[Any]:
+        """Inside, what is saved goes where the policy sends it."""
+        if policy in (Policy.KEEP, Policy.RECOMPUTE):
             return nullcontext()
+        hooks = torch.autograd.graph.saved_tensors_hooks
+        if is_second_run():  # of a segment around this one; the first has sent them already
+            return hooks(_let_go, _let_go)
+        if policy is Policy.QUANTISE:
+            assert self.applied.codec is not None
+            return hooks(self.applied.codec.encode, self.applied.codec.decode)
         assert self.applied.offloader is not None
         return self.applied.offloader.segment(self.segment.name)
 
-    def run_at(self, index: int, *args: Any, **kwargs: Any) -> Any:
+    def run_at(self, index: int, args: Any, kwargs: Any) -> Any:
+        if self.applied.removed:
+            raise RecomputeError(
+                f"The plan was removed before the backward pass of {self.segment.name}, which it "
+                "recomputes. Remove it after the backward pass."
+            )
         with self.applied.at(index):
             return self.run(*args, **kwargs)
 
@@ -204,6 +216,23 @@ class Runner:
         if self.shadowed is not _MISSING:
             return self.shadowed(*args, **kwargs)
         # looked up anew: `accelerate` and `restore` change the module's class
-        return getattr(type(self.segment.module), self.segment.method)(
-            self.segment.module, *args, **kwargs
-        )
+        module = self.segment.module
+        return getattr(type(module), self.segment.method)(module, *args, **kwargs)
+
+
+class Unplanned:
+    """The method of a module's class: what stands in the place of a `Runner` in a copy."""
+
+    def __init__(self, module: nn.Module, method: str) -> None:
+        self.module, self.method = module, method
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return getattr(type(self.module), self.method)(self.module, *args, **kwargs)
+
+
+def _same(value: Any) -> Any:
+    return value
+
+
+def _let_go(_: Any) -> Any:
+    return None

@@ -16,6 +16,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +24,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from rewardprop_fast.memory.verify import Trace, traced
+from rewardprop_fast.memory.verify import RecomputeError, Trace, traced
 from rewardprop_fast.ops import registry
 
 
@@ -31,7 +32,7 @@ def recompute(
     function: Callable[..., Any],
     *args: Any,
     name: str = "",
-    random: bool = False,
+    random: bool = True,
     verify: bool = False,
     **kwargs: Any,
 ) -> Any:
@@ -41,40 +42,56 @@ def recompute(
         function: computes the same again when it is called again with the same inputs. Parameters
             and buffers it uses must not change before the backward pass.
         name: what error messages call it.
-        random: whether it draws random numbers: the generators' states are then kept, and the
-            second run draws the same ones.
+        random: keep the states of the generators, 5 KB of the CPU's, so that the second run draws
+            the same numbers; False only where none are ever drawn.
         verify: compare the second run with the first, operation by operation: slow, and for finding
             out why gradients differ.
 
     Raises:
         RecomputeError: in the backward pass, where the second run saved other tensors than the
-            first, or under ``verify`` where an operation gave other values.
+            first, or a saved tensor was written to; under ``verify`` a DivergenceError, which is
+            one, where an operation gave other values.
     """
     if not torch.is_grad_enabled():
         return function(*args, **kwargs)
     leaves, tree = tree_flatten((args, kwargs))
     frame = _Frame(function, leaves, tree, name, random)
-    with ExitStack() as stack:
-        if verify:
-            frame.trace = stack.enter_context(traced())
-        stack.enter_context(
-            torch.autograd.graph.saved_tensors_hooks(frame.forget, _Placeholder.tensor)
-        )
-        return function(*args, **kwargs)
+    with torch.autograd.graph.saved_tensors_hooks(frame.forget, _Placeholder.tensor):
+        if not verify:
+            return function(*args, **kwargs)
+        with traced() as frame.trace:
+            return function(*args, **kwargs)
 
 
-class RecomputeError(RuntimeError):
-    """A second run that was not the first one again."""
+def is_second_run() -> bool:
+    """Whether a second run is under way in this thread.
+
+    What is saved then is looked at and not kept: nothing is to be sent anywhere.
+    """
+    return _second_run.get()
+
+
+_second_run: ContextVar[bool] = ContextVar("rewardprop_second_run", default=False)
 
 
 class _Placeholder:
     """What autograd saves instead of a tensor."""
 
-    __slots__ = ("__weakref__", "dtype", "frame", "shape", "value")
+    __slots__ = ("__weakref__", "dtype", "frame", "shape", "value", "version")
 
     def __init__(self, frame: _Frame, tensor: Tensor) -> None:
         self.frame, self.shape, self.dtype = frame, tensor.shape, tensor.dtype
         self.value: Tensor | None = None
+        self.version = 0
+
+    def give(self, tensor: Tensor) -> None:
+        """Take the second run's."""
+        if (self.shape, self.dtype) != (tensor.shape, tensor.dtype):
+            raise RecomputeError(
+                f"{self.frame.title} saved {_words(tensor)} in its second run where the first "
+                f"saved {_words(self)}. {_ADVICE}"
+            )
+        self.value, self.version = tensor.detach(), tensor._version
 
     def tensor(self) -> Tensor:
         """The saved tensor; given once, so that it lives no longer than the node that asks."""
@@ -84,10 +101,19 @@ class _Placeholder:
         if value is None:
             raise RecomputeError(
                 f"{self.frame.title} saved fewer tensors in its second run than in its first, so "
-                "its gradient is not known. What it computes must depend on its inputs alone: "
-                "look for state that changed in between."
+                f"its gradient is not known. {_ADVICE}"
+            )
+        if value._version != self.version:  # autograd looks only where there are no hooks
+            raise RecomputeError(
+                f"{self.frame.title} has written into {_words(self)} that its own backward pass "
+                "needs. Replace the in-place operation after it by one that makes a new tensor."
             )
         return value
+
+
+_ADVICE = (
+    "What it computes must depend on its inputs alone: look for state that changed in between."
+)
 
 
 class _Done(Exception):
@@ -120,8 +146,10 @@ class _Frame:
     def run_again(self) -> None:
         """Give every placeholder that is still there its tensor."""
         tensors = [
-            tensor.detach().requires_grad_(needed)
-            for tensor, needed in zip(self.inputs.saved_tensors, self.requires_grad, strict=True)
+            tensor.detach().requires_grad_(differentiable)
+            for tensor, differentiable in zip(
+                self.inputs.saved_tensors, self.requires_grad, strict=True
+            )
         ]
         remaining = iter(tensors)
         leaves = [
@@ -129,24 +157,19 @@ class _Frame:
             for leaf, is_tensor in zip(self.leaves, self.is_tensor, strict=True)
         ]
         args, kwargs = tree_unflatten(leaves, self.tree)
-        count = 0
+        count, needed = 0, self._needed()
 
         def remember(tensor: Tensor) -> None:
             nonlocal count
             placeholder = self.placeholders[count]()
             if placeholder is not None:
-                if (placeholder.shape, placeholder.dtype) != (tensor.shape, tensor.dtype):
-                    raise RecomputeError(
-                        f"{self.title} saved {_words(tensor)} in its second run where the first "
-                        f"saved {_words(placeholder)}. What it computes must depend on its inputs "
-                        "alone: look for state that changed in between."
-                    )
-                placeholder.value = tensor.detach()
+                placeholder.give(tensor)
             count += 1
-            if count == len(self.placeholders):
+            if count == needed:
                 raise _Done
 
         with ExitStack() as stack:
+            stack.callback(_second_run.reset, _second_run.set(True))
             stack.enter_context(self.surroundings.again())
             if self.trace is not None:
                 stack.enter_context(self.trace.compared(self.title))
@@ -154,6 +177,13 @@ class _Frame:
             stack.enter_context(torch.autograd.graph.saved_tensors_hooks(remember, _never))
             with suppress(_Done):
                 self.function(*args, **kwargs)
+
+    def _needed(self) -> int:
+        """The number of placeholders up to the last that some node still holds."""
+        count = len(self.placeholders)
+        while count and self.placeholders[count - 1]() is None:
+            count -= 1
+        return count
 
 
 def _never(_: Any) -> Tensor:
@@ -192,6 +222,7 @@ class _Surroundings:
 
     wish: registry.Wish
     autocast: tuple[tuple[str, bool, torch.dtype], ...]
+    autocast_cache: bool
     generators: tuple[tuple[torch.Generator, Tensor], ...]
 
     @classmethod
@@ -201,7 +232,12 @@ class _Surroundings:
             (kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind))
             for kind in sorted(kinds)
         )
-        return cls(registry.current(), autocast, _states(tensors) if random else ())
+        return cls(
+            registry.current(),
+            autocast,
+            torch.is_autocast_cache_enabled(),
+            _states(tensors) if random else (),
+        )
 
     @contextmanager
     def again(self) -> Iterator[None]:
@@ -209,7 +245,8 @@ class _Surroundings:
         with ExitStack() as stack:
             stack.enter_context(registry.under(self.wish))
             for kind, enabled, dtype in self.autocast:
-                stack.enter_context(torch.autocast(kind, dtype=dtype, enabled=enabled))
+                if enabled or torch.is_autocast_enabled(kind):
+                    stack.enter_context(torch.autocast(kind, dtype, enabled, self.autocast_cache))
             for generator, state in self.generators:
                 generator.set_state(state)
             try:

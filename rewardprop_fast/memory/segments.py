@@ -58,7 +58,12 @@ def vae_segments(vae: nn.Module, name: str = "vae") -> list[Segment]:
 
 def reward_segments(reward: object, name: str = "reward") -> list[Segment]:
     """The layers of a reward's networks: the members of its outermost lists of modules."""
-    return list(_layers(reward, name)) if isinstance(reward, nn.Module) else []
+    if not isinstance(reward, nn.Module):
+        return []
+    found: dict[nn.Module, Segment] = {}
+    for segment in _layers(reward, name):  # towers may share layers
+        found.setdefault(segment.module, segment)
+    return list(found.values())
 
 
 def _inside(root: nn.Module, prefix: str) -> Iterator[Segment]:

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
 
@@ -22,7 +22,11 @@ def fingerprint(tensor: Tensor) -> str:
     return digest.hexdigest()
 
 
-class DivergenceError(RuntimeError):
+class RecomputeError(RuntimeError):
+    """A second run that was not the first one again."""
+
+
+class DivergenceError(RecomputeError):
     """An operation that gave other values in a second run; names the first such operation."""
 
 
@@ -71,6 +75,20 @@ class _Comparison:
         )
 
 
+#: Operations that two equal runs may differ in: autocast casts a weight once, and new memory holds
+#: what was there before.
+_UNWATCHED = frozenset(
+    {
+        torch.ops.aten._to_copy,
+        torch.ops.aten.empty,
+        torch.ops.aten.empty_like,
+        torch.ops.aten.empty_strided,
+        torch.ops.aten.new_empty,
+        torch.ops.aten.new_empty_strided,
+    }
+)
+
+
 class _Watch(TorchDispatchMode):
     def __init__(self, report: Any) -> None:
         super().__init__()
@@ -78,9 +96,11 @@ class _Watch(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         output = func(*args, **(kwargs or {}))
-        if func is torch.ops.aten.detach.default:  # also what keeps saved tensors does that
+        # A view computes nothing, and what keeps saved tensors makes some.
+        if func.is_view or func.overloadpacket in _UNWATCHED:
             return output
         tensors = [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
-        values = "".join(fingerprint(tensor) for tensor in tensors)
+        with _disable_current_modes():  # of a run around this one, which watches as well
+            values = "".join(fingerprint(tensor) for tensor in tensors)
         self._report((str(func).removesuffix(".default"), values))
         return output
