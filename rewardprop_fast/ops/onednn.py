@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 #: Below, a convolution's weight is so small that bringing it into another layout costs nothing.
-LEAST_CHANNELS = 16
+_LEAST_CHANNELS = 16
 
 
 def linear(x_MK: Tensor, weight_NK: Tensor, bias: Tensor | None) -> Tensor:
@@ -56,6 +56,13 @@ def pack_convolution(
 def adjoint(weight: Tensor) -> Tensor:
     """(C, N, kh, kw), flipped: for stride 1, the convolution with it is the input gradient."""
     return weight.flip(2, 3).transpose(0, 1).contiguous()
+
+
+def why_no_gain(weight: Tensor) -> str | None:
+    """None where a packed copy of a convolution's weight pays, otherwise why not."""
+    if min(weight.shape[:2]) < _LEAST_CHANNELS:
+        return f"it pays from {_LEAST_CHANNELS} channels on both sides"
+    return None
 
 
 def why_not_image(read: Tensor) -> str | None:

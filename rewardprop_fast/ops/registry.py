@@ -1,13 +1,14 @@
 """Which implementation of an operator runs, and why.
 
 An operator lists its implementations, the preferred one first. The first that is legal for the
-arguments (device, dtypes, shapes) runs; "reference" is plain PyTorch, legal for everything, and
-always last.
+arguments (device, dtypes, shapes) and pays for them runs; "reference" is plain PyTorch, legal for
+everything, and always last.
 
 A person can ask for another one, for all operators or for one of them: in code with
 ``with ops.backend("triton", attention="xformers"): ...``, or for the whole process with the
-environment variable ``REWARDPROP_BACKEND=triton,attention=xformers``. Where the one asked for is
-not legal, "reference" runs, and `explain` says why; with ``strict=True`` that is an error.
+environment variable ``REWARDPROP_BACKEND=triton,attention=xformers``. It then runs wherever it is
+legal, whether it pays or not; elsewhere "reference" runs, and `explain` says why. With
+``strict=True`` that is an error.
 """
 
 from __future__ import annotations
@@ -30,6 +31,11 @@ BACKENDS = ("auto", "native", "triton", "cuda", "sdpa", "xformers", "reference")
 ENVIRONMENT_VARIABLE = "REWARDPROP_BACKEND"
 
 _FIRST = "the first that is legal here"
+_FIRST_THAT_PAYS = "the first that is legal here and pays"
+
+
+def _none(*_: Any) -> None:
+    return None
 
 
 @dataclass(frozen=True)
@@ -38,12 +44,15 @@ class Implementation:
 
     ``why_not`` gets the operator's own arguments and returns None where this form is legal,
     otherwise the reason it is not. ``backward`` takes what the operator's autograd rule gives it.
+    ``why_no_gain`` gets the same arguments where the form is legal, and returns None where it is
+    faster than what comes after it, otherwise the reason to pass it over unless it is asked for.
     """
 
     backend: str
     why_not: Callable[..., str | None]
     forward: Callable[..., Any]
     backward: Callable[..., Any]
+    why_no_gain: Callable[..., str | None] = _none
 
 
 @dataclass(frozen=True)
@@ -177,7 +186,7 @@ def choose(operator: Operator, *args: Any) -> Choice:
     observations = _observations.get()
     if observations is None and current() is _AUTO:
         first = operator.implementations[0]
-        if first.why_not(*args) is None:
+        if first.why_not(*args) is None and first.why_no_gain(*args) is None:
             return _first_choice(first)
     choice = _choose(operator, args)
     if observations is not None:
@@ -188,21 +197,26 @@ def choose(operator: Operator, *args: Any) -> Choice:
 
 @cache
 def _first_choice(implementation: Implementation) -> Choice:
-    """Of an implementation that is the first, legal and not asked for: the usual case."""
+    """Of an implementation that is the first, legal, pays, and not asked for: the usual case."""
     return Choice(implementation, _FIRST, {})
 
 
 def _choose(operator: Operator, args: tuple[Any, ...]) -> Choice:
     wish = current()
     wanted = wish.of(operator.name)
+    reason = _FIRST if wanted == "auto" else f"{wish.origin} asks for it"
     rejected: dict[str, str] = {}
     for implementation in operator.implementations:
         if wanted not in ("auto", implementation.backend):
             rejected[implementation.backend] = f"{wish.origin} asks for {wanted!r}"
             continue
         problem = implementation.why_not(*args)
+        if problem is None and wanted == "auto":
+            no_gain = implementation.why_no_gain(*args)
+            if no_gain is not None:
+                problem = f"legal, but {no_gain}"
+                reason = _FIRST_THAT_PAYS
         if problem is None:
-            reason = _FIRST if wanted == "auto" else f"{wish.origin} asks for it"
             return Choice(implementation, reason, rejected)
         rejected[implementation.backend] = problem
     return _instead(operator, wish, wanted, rejected)

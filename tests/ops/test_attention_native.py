@@ -163,6 +163,8 @@ def test_wide_bfloat16_heads_are_left_to_pytorch(
     width: int, dtype: torch.dtype, chosen: str
 ) -> None:
     q = torch.zeros(1, 1, 2, width, dtype=dtype)
-    assert ops.explain(ATTENTION, q, q, q, 1.0).startswith(f"{chosen} (the first that is legal")
+    line = ops.explain(ATTENTION, q, q, q, 1.0)
+    assert line.startswith(f"{chosen} (the first that is legal")
+    assert ("not native: legal, but for bfloat16 heads wider" in line) == (chosen == "sdpa")
     with ops.backend("native", strict=True):
         assert ops.explain(ATTENTION, q, q, q, 1.0).startswith("native (")

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from rewardprop_fast import ops
 from rewardprop_fast.ops import drop_packs, frozen_conv2d, packed_bytes
-from rewardprop_fast.ops.frozen_conv2d import native
+from rewardprop_fast.ops.frozen_conv2d import FROZEN_CONV2D, native
 from tests.ops import oracle
 
 OP = torch.ops.rewardprop_fast.frozen_conv2d.default
@@ -302,12 +302,35 @@ def test_packed_copies_go_with_their_weight() -> None:
         ((2, 8, 5, 5), (32, 8, 3, 3), 1, "from 16 channels"),
         ((2, 32, 5, 5), (4, 32, 3, 3), 1, "from 16 channels"),
         ((1, 16, 128, 64), (16, 16, 1, 1), 1, "below 8192 pixels, there are 8192"),
-        ((2, 32, 5, 5), (32, 32, 1, 1), 2, "1x1 with a stride"),
-        ((0, 32, 5, 5), (32, 32, 1, 1), 1, "there are 0"),
     ],
 )
 @needs_onednn
-def test_says_where_a_copy_would_not_pay(
+def test_makes_a_copy_where_it_does_not_pay_only_if_asked(
+    x_shape: tuple[int, ...], weight_shape: tuple[int, ...], stride: int, reason: str
+) -> None:
+    x, weight, _ = inputs(x_shape, weight_shape)
+    arguments = (x, weight, None, [stride] * 2, [0, 0], [1, 1], 1)
+    assert native.why_not(*arguments) is None
+    assert reason in str(native.why_no_gain(*arguments))
+    expected = frozen_conv2d(x, weight, None, stride)
+    assert packed_bytes([weight]) == 0
+    line = ops.explain(FROZEN_CONV2D, *arguments)
+    assert line.startswith("reference (the first that is legal here and pays; not native: legal, ")
+    assert reason in line
+    with ops.backend("native", strict=True):
+        torch.testing.assert_close(frozen_conv2d(x, weight, None, stride), expected)
+        assert packed_bytes([weight]) > 0
+
+
+@pytest.mark.parametrize(
+    ("x_shape", "weight_shape", "stride", "reason"),
+    [
+        ((2, 32, 5, 5), (32, 32, 1, 1), 2, "1x1 with a stride"),
+        ((0, 32, 5, 5), (32, 32, 1, 1), 1, "there are 0 pixels"),
+    ],
+)
+@needs_onednn
+def test_says_what_it_cannot_convolve(
     x_shape: tuple[int, ...], weight_shape: tuple[int, ...], stride: int, reason: str
 ) -> None:
     x, weight, _ = inputs(x_shape, weight_shape)

@@ -463,6 +463,43 @@ def test_keeps_x_and_its_product_with_a_alone(dtype: torch.dtype) -> None:
     assert kept(x) == {}
 
 
+@pytest.mark.parametrize("dispatched", [False, True])
+def test_several_adapters_are_kept_as_they_are_not_as_joined(dispatched: bool) -> None:
+    """Beside the network's own tensors, x and its product with all A, nothing is kept."""
+    x = torch.randn(64, 48, requires_grad=True)
+    layers = [inputs((64,), 48, width, 4)[1:] for width in (32, 48, 32)]
+    weights, biases, lora_as, lora_bs = (list(part) for part in zip(*layers, strict=True))
+    for lora in (*lora_as, *lora_bs):
+        lora.requires_grad_()
+
+    def run() -> tuple[Tensor, ...]:
+        if not dispatched:
+            return lora_linears(x, weights, biases, lora_as, lora_bs, [0.7] * 3)
+        parts = [*lora_as, *lora_bs]
+        joined = torch.cat(lora_as), torch.cat([lora_b.flatten() for lora_b in lora_bs])
+        return tuple(OP(x, weights, biases, *joined, [4] * 3, [0.7] * 3, parts))
+
+    kept = oracle.kept_for_backward(run)
+    network = {t.untyped_storage().data_ptr() for t in (x, *weights, *lora_as, *lora_bs)}
+    others = [tuple(t.shape) for t in kept if t.untyped_storage().data_ptr() not in network]
+    assert others == [(64, 12)]
+    assert len(kept) == len(network) + 1
+
+
+def test_an_adapter_changed_before_backward_is_noticed() -> None:
+    """What is kept is the parameter itself, as PyTorch's own layers keep it."""
+    x = torch.randn(8, 6, requires_grad=True)
+    shapes = ((5, 6), (2, 6), (5, 2))
+    weights, lora_as, lora_bs = ([torch.randn(shape) for _ in range(2)] for shape in shapes)
+    for lora in (*lora_as, *lora_bs):
+        lora.requires_grad_()
+    first, second = lora_linears(x, weights, [None] * 2, lora_as, lora_bs, [1.0] * 2)
+    with torch.no_grad():
+        lora_as[1].mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        (first.sum() + second.sum()).backward()
+
+
 def test_gives_gradients_only_to_what_asks_for_them(monkeypatch: pytest.MonkeyPatch) -> None:
     from rewardprop_fast.ops.lora_linear import op
 

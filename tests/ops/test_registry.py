@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -165,6 +166,66 @@ def test_observing_tells_what_a_call_on_fake_tensors_would_choose() -> None:
     assert [one.arguments[0].device.type for one in seen] == ["cpu", "meta"]
     assert seen[1].choice.implementation.backend != "native"
     assert "it runs on the CPU" in seen[1].choice.explain()
+
+
+@dataclass(frozen=True)
+class Form:
+    """An implementation that is legal, or pays, from so many on."""
+
+    backend: str
+    legal_from: int = 0
+    pays_from: int = 0
+
+    def implementation(self) -> registry.Implementation:
+        def why_not(count: int) -> str | None:
+            return None if count >= self.legal_from else f"legal from {self.legal_from}"
+
+        def why_no_gain(count: int) -> str | None:
+            assert why_not(count) is None, "it is asked only where it is legal"
+            return None if count >= self.pays_from else f"it pays from {self.pays_from}"
+
+        return registry.Implementation(self.backend, why_not, print, print, why_no_gain)
+
+
+def with_forms(*forms: Form) -> registry.Operator:
+    implementations = tuple(form.implementation() for form in (*forms, Form("reference")))
+    return registry.Operator("geglu", implementations, lambda *_: ())
+
+
+@pytest.mark.parametrize(
+    ("count", "expected"),
+    [
+        (9, "native (the first that is legal here)"),
+        (5, "sdpa (the first that is legal here and pays; not native: legal, but it pays from 8)"),
+        (
+            3,
+            "reference (the first that is legal here and pays; not native: legal, but it pays from "
+            "8; not sdpa: legal, but it pays from 4)",
+        ),
+        (
+            1,
+            "reference (the first that is legal here and pays; not native: legal from 2; not sdpa: "
+            "legal, but it pays from 4)",
+        ),
+    ],
+)
+def test_by_itself_the_first_runs_that_is_legal_and_pays(count: int, expected: str) -> None:
+    operator = with_forms(Form("native", legal_from=2, pays_from=8), Form("sdpa", pays_from=4))
+    assert ops.explain(operator, count) == expected
+    assert registry.choose(operator, count).explain() == expected
+
+
+def test_asked_for_by_name_it_runs_where_it_is_legal(monkeypatch: pytest.MonkeyPatch) -> None:
+    operator = with_forms(Form("native", legal_from=2, pays_from=8), Form("sdpa", pays_from=4))
+    for asked in ({"name": "native"}, {"geglu": "native"}):
+        with ops.backend(strict=True, **asked):
+            assert (
+                registry.choose(operator, 2).explain().startswith("native (ops.backend(...) asks")
+            )
+        with ops.backend(**asked):
+            assert registry.choose(operator, 1).implementation.backend == "reference"
+    monkeypatch.setenv("REWARDPROP_BACKEND", "geglu=sdpa")
+    assert registry.choose(operator, 0).implementation.backend == "sdpa"
 
 
 def test_every_operator_ends_with_its_reference() -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from rewardprop_fast.ops import native, registry
+from rewardprop_fast.ops import native
 from rewardprop_fast.ops.attention.reference import Needed, gradients_like, token_major
 
 _DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
@@ -21,13 +21,14 @@ def why_not(q: Tensor, k: Tensor, v: Tensor, scale: float) -> str | None:
     """None where this form is legal, otherwise the reason it is not."""
     if q.dtype not in _DTYPES:
         return f"q is {q.dtype}, it takes float32 and bfloat16"
-    wide = q.dtype == torch.bfloat16 and q.shape[-1] > _MAX_BFLOAT16_WIDTH
-    if wide and registry.current().of("attention") != "native":
-        return (
-            f"for bfloat16 heads wider than {_MAX_BFLOAT16_WIDTH} PyTorch's kernel is faster; "
-            "it runs where 'native' is asked for"
-        )
     return native.why_not_cpu(q, k, v)
+
+
+def why_no_gain(q: Tensor, k: Tensor, v: Tensor, scale: float) -> str | None:
+    """None where this form is the fastest, otherwise the reason it is not."""
+    if q.dtype == torch.bfloat16 and q.shape[-1] > _MAX_BFLOAT16_WIDTH:
+        return f"for bfloat16 heads wider than {_MAX_BFLOAT16_WIDTH} PyTorch's kernel is faster"
+    return None
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:

@@ -32,7 +32,9 @@ def _example(device: str, dtype: torch.dtype) -> tuple[Any, ...]:
 ATTENTION = Operator(
     "attention",
     (
-        Implementation("native", native.why_not, native.forward, native.backward),
+        Implementation(
+            "native", native.why_not, native.forward, native.backward, native.why_no_gain
+        ),
         Implementation("triton", triton.why_not, triton.forward, triton.backward),
         Implementation("sdpa", sdpa.why_not, sdpa.forward, sdpa.backward),
         Implementation("xformers", xformers.why_not, xformers.forward, xformers.backward),

@@ -28,7 +28,7 @@ def why_not(
     dilation: Sequence[int],
     groups: int,
 ) -> str | None:
-    """None where this form is legal and pays, otherwise why not.
+    """None where this form is legal, otherwise why not.
 
     ``read`` is the image that is convolved: x in the forward pass, dY for the input gradient.
     """
@@ -39,12 +39,28 @@ def why_not(
         return f"there are {groups} groups, it takes one"
     if tuple(stride) != (1, 1) and _is_pointwise(weight):
         return "it is 1x1 with a stride"
-    if min(weight.shape[:2]) < onednn.LEAST_CHANNELS:
-        return f"it pays from {onednn.LEAST_CHANNELS} channels on both sides"
-    positions = read.shape[0] * math.prod(read.shape[2:])
-    if not 0 < positions < _MOST_POSITIONS:
-        return f"it pays below {_MOST_POSITIONS} pixels, there are {positions}"
+    if read.numel() == 0:
+        return "there are 0 pixels"
     return packing.why_not(weight)
+
+
+def why_no_gain(
+    read: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> str | None:
+    """None where a packed copy of the weight is worth its memory, otherwise why not."""
+    problem = onednn.why_no_gain(weight)
+    if problem is not None:
+        return problem
+    positions = read.shape[0] * math.prod(read.shape[2:])
+    if positions >= _MOST_POSITIONS:
+        return f"it pays below {_MOST_POSITIONS} pixels, there are {positions}"
+    return None
 
 
 def forward(

@@ -27,18 +27,21 @@ _PHASES = ((0, 0), (0, 1), (1, 0), (1, 1))
 
 
 def why_not(read: Tensor, weight: Tensor, bias: Tensor | None) -> str | None:
-    """None where this form is legal and pays, otherwise why not.
+    """None where this form is legal, otherwise why not.
 
     ``read`` is x in the forward pass, dY for the input gradient.
     """
     problem = onednn.why_not_image(read)
     if problem is not None:
         return problem
-    if min(weight.shape[:2]) < onednn.LEAST_CHANNELS:
-        return f"it pays from {onednn.LEAST_CHANNELS} channels on both sides"
     if read.numel() == 0:
         return "there are 0 pixels"
     return packing.why_not(weight)
+
+
+def why_no_gain(read: Tensor, weight: Tensor, bias: Tensor | None) -> str | None:
+    """None where this form is the fastest, otherwise why it is not."""
+    return onednn.why_no_gain(weight)
 
 
 def forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -33,7 +33,9 @@ def _example(device: str, dtype: torch.dtype) -> tuple[Any, ...]:
 FROZEN_UPSAMPLE_CONV2D = Operator(
     "frozen_upsample_conv2d",
     (
-        Implementation("native", native.why_not, native.forward, native.backward),
+        Implementation(
+            "native", native.why_not, native.forward, native.backward, native.why_no_gain
+        ),
         Implementation("reference", lambda *_: None, reference.forward, reference.backward),
     ),
     _example,

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 
-def join(lora_as: Sequence[Tensor], lora_bs: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """A as (R, K) with R the sum of the ranks, and B flat."""
+def join(parts: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """A as (R, K) with R the sum of the ranks, and B flat; ``parts`` are all A and then all B."""
+    lora_as, lora_bs = parts[: len(parts) // 2], parts[len(parts) // 2 :]
     if len(lora_as) == 1:
         return lora_as[0], lora_bs[0].reshape(-1)
     return torch.cat(tuple(lora_as)), torch.cat([b_NR.reshape(-1) for b_NR in lora_bs])

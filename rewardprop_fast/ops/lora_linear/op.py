@@ -12,7 +12,8 @@ Shape legend: M rows of x (its leading sizes multiplied), K inputs, N outputs, R
 | lora_b   | (N, R); (N, R, 1, 1)                 | that of x, or float32               | yes  |
 
 The operator itself, ``rewardprop_fast::lora_linear``, takes several layers on one x and the
-adapters joined (`adapters`), and gives their outputs and S = x A^T, which backward needs.
+adapters joined (`adapters`), and gives their outputs and S = x A^T, which backward needs. Its
+``parts``, what was joined, all A and then all B, are kept for backward in place of the copies.
 """
 
 from __future__ import annotations
@@ -108,9 +109,8 @@ def lora_linears(
         ValueError: as in `lora_linear`, or the numbers of layers differ.
     """
     _check_layers(x, weights, biases, lora_as, lora_bs, scales)
-    lora_a, lora_b = adapters.join(
-        [as_matrix(lora_a) for lora_a in lora_as], [as_matrix(lora_b) for lora_b in lora_bs]
-    )
+    parts = [as_matrix(lora) for lora in (*lora_as, *lora_bs)]
+    lora_a, lora_b = adapters.join(parts)
     *outputs, _ = _FORWARD(
         as_rows(x, weights[0]),
         [as_matrix(weight) for weight in weights],
@@ -119,6 +119,7 @@ def lora_linears(
         lora_b,
         [lora_b.shape[1] for lora_b in lora_bs],
         [float(scale) for scale in scales],
+        None if len(weights) == 1 else parts,
     )
     return tuple(as_pixels(output, x, weights[0]) for output in outputs)
 
@@ -131,6 +132,7 @@ def _forward(
     lora_b: Tensor,
     ranks: Sequence[int],
     scales: Sequence[float],
+    parts: Sequence[Tensor] | None = None,
 ) -> list[Tensor]:
     _check(x, weights, biases, lora_a, lora_b, ranks, scales)
     args = (x, weights, biases, lora_a, lora_b.contiguous(), ranks, scales)
@@ -145,6 +147,7 @@ def _forward_fake(
     lora_b: Tensor,
     ranks: Sequence[int],
     scales: Sequence[float],
+    parts: Sequence[Tensor] | None = None,
 ) -> list[Tensor]:
     _check(x, weights, biases, lora_a, lora_b, ranks, scales)
     outputs = [x.new_empty((*x.shape[:-1], weight.shape[0])) for weight in weights]
@@ -199,24 +202,30 @@ def _backward_fake(
 
 
 def _save(ctx: Any, args: tuple[Any, ...], output: Sequence[Tensor]) -> None:
-    """x for the gradient of A, S for that of B; the weights are the network's own."""
-    x, weights, _, lora_a, lora_b, ranks, scales = args
+    """x for the gradient of A, S for that of B; weights and adapters are the network's own.
+
+    Joined adapters are copies: not they are kept, but what they were joined of.
+    """
+    x, weights, _, lora_a, lora_b, ranks, scales, *parts = args
+    own = parts[0] if parts and parts[0] else (lora_a, lora_b)
     s_MR = output[-1]
     ctx.mark_non_differentiable(s_MR)
     ctx.save_for_backward(
         x if lora_a.requires_grad else None,
         s_MR if lora_b.requires_grad else None,
-        lora_a,
-        lora_b,
         *weights,
+        *own,
     )
     ctx.x_shape = x.shape
     ctx.ranks, ctx.scales = ranks, scales
 
 
 def _gradients(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-    x, s_MR, lora_a, lora_b, *weights = ctx.saved_tensors
-    x_needed, _, _, a_needed, b_needed, *_ = ctx.needs_input_grad
+    x, s_MR, *weights_and_adapters = ctx.saved_tensors
+    layers = len(ctx.ranks)
+    weights = weights_and_adapters[:layers]
+    lora_a, lora_b = adapters.join(weights_and_adapters[layers:])
+    x_needed, _, _, a_needed, b_needed, *others = ctx.needs_input_grad
     needed = [x_needed, a_needed, b_needed]
     found = iter(
         _BACKWARD(
@@ -233,12 +242,12 @@ def _gradients(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         )
     )
     dx, da, db = (next(found) if wanted else None for wanted in needed)
-    return dx, None, None, da, db, None, None
+    return dx, None, None, da, db, *(None for _ in others)
 
 
 _FORWARD = define(
     "lora_linear(Tensor x, Tensor[] weights, Tensor?[] biases, Tensor lora_a, Tensor lora_b, "
-    "int[] ranks, float[] scales) -> Tensor[]",
+    "int[] ranks, float[] scales, Tensor[]? parts=None) -> Tensor[]",
     _forward,
     _forward_fake,
 )
