@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import weakref
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -52,6 +52,7 @@ class MemoryTracker(TorchDispatchMode):
     Args:
         root: a module whose submodules' names tell where a storage was made.
         device_type: count storages of this device alone, "cuda" say; None counts all.
+        watch: also called for every operation: (operation, arguments, keywords, output).
 
     Attributes:
         live_bytes: alive now.
@@ -59,9 +60,15 @@ class MemoryTracker(TorchDispatchMode):
         peak_by_phase: the same within each phase.
     """
 
-    def __init__(self, root: nn.Module | None = None, device_type: str | None = None) -> None:
+    def __init__(
+        self,
+        root: nn.Module | None = None,
+        device_type: str | None = None,
+        watch: Callable[[Any, Any, Any, Any], None] | None = None,
+    ) -> None:
         super().__init__()
-        self.live_bytes = self.peak_bytes = 0
+        self.live_bytes = self.peak_bytes = self._lap = 0
+        self._watch = watch
         self.peak_by_phase: dict[str, int] = {}
         self._names = {} if root is None else {m: name for name, m in root.named_modules()}
         self._device_type = device_type
@@ -92,6 +99,11 @@ class MemoryTracker(TorchDispatchMode):
         for tensor in tensors:
             self._see(tensor, "given")
         return self.live_bytes - before
+
+    def lap(self) -> int:
+        """Most bytes alive at once since the last call."""
+        peak, self._lap = self._lap, self.live_bytes
+        return peak
 
     def alive(self) -> list[Holding]:
         """What is alive now, the largest first."""
@@ -150,6 +162,8 @@ class MemoryTracker(TorchDispatchMode):
         for leaf in tree_leaves(output):
             if isinstance(leaf, Tensor):
                 self._see(leaf, operator)
+        if self._watch is not None:
+            self._watch(func, args, kwargs, output)
         return output
 
     def _see(self, tensor: Tensor, operator: str) -> None:
@@ -178,6 +192,7 @@ class MemoryTracker(TorchDispatchMode):
             self.live_bytes -= self._holdings[index].nbytes
 
     def _note_peak(self) -> None:
+        self._lap = max(self._lap, self.live_bytes)
         if self.live_bytes > self.peak_bytes:
             self.peak_bytes, self._peak_at = self.live_bytes, len(self._log)
         if self.live_bytes > self.peak_by_phase.get(self._phase, -1):

@@ -107,15 +107,35 @@ class DryRun:
         trained = [p for p in unet.parameters() if p.requires_grad]
         return cls(mode, engine, config, trained)
 
-    def step(self) -> None:
-        """Run it once; the gradients are gone afterwards."""
-        batch = self.config.batch_size
+    def step(self, gradient_steps: int | None = None, prefix: int = _PREFIX) -> None:
+        """Run it once; the gradients are gone afterwards.
+
+        Args:
+            gradient_steps: K; None is the config's.
+            prefix: most UNet calls without gradients.
+        """
+        batch, engine = self.config.batch_size, self.engine
         draws = Draws(0, 0, tuple(range(batch)))
+        config, schedule = engine.config, engine.schedule
+        k = gradient_steps_of(self.config) if gradient_steps is None else gradient_steps
+        count = min(len(schedule), k + prefix)
+        method = DRaFT(k) if isinstance(config.method, DRaFT) else config.method
         with self.mode:
-            latents = torch.empty(batch, *self.engine.latent_shape)
+            engine.schedule = replace(
+                schedule,
+                timesteps=schedule.timesteps[-count:],
+                coefficients=schedule.coefficients[-count:],
+                signal=schedule.signal[-count:],
+                noise=schedule.noise[-count:],
+            )
+            engine.config = replace(config, method=method)
+            latents = torch.empty(batch, *engine.latent_shape)
             prompts = ["a prompt"] * batch
             facts: list[dict[str, Any]] = [{} for _ in prompts]
-            self.engine.step(prompts, facts, latents, draws)
+            try:
+                engine.step(prompts, facts, latents, draws)
+            finally:
+                engine.config, engine.schedule = config, schedule
         for parameter in self.trained:
             parameter.grad = None
 
@@ -140,14 +160,14 @@ def shortened(config: TrainConfig) -> TrainConfig:
     if isinstance(method, AlignProp):
         k = steps if method.k_max is None or method.trl_compat else method.k_max
         method = DRaFT(k)
-    k = gradient_steps(replace(config, method=method))
+    k = gradient_steps_of(replace(config, method=method))
     short = min(steps, k + _PREFIX)
     if isinstance(method, DRaFT):
         method = DRaFT(k)
     return replace(config, method=method, sampling=replace(config.sampling, steps=short))
 
 
-def gradient_steps(config: TrainConfig) -> int:
+def gradient_steps_of(config: TrainConfig) -> int:
     """The most UNet calls with gradient that a step of this config has: K."""
     method, steps = config.method, config.sampling.steps
     if isinstance(method, DRaFTLV):

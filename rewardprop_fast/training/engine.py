@@ -136,8 +136,10 @@ class Engine:
         rollout = self.config.method.rollout(sampler, latents.to(self.device, self.dtype), draws)
         names = list(prompts) * rollout.copies
         facts = list(metadata) * rollout.copies
+        # The chain's gradient waits for that of decoder and reward, which are done with then.
+        endpoints = rollout.latents.detach().requires_grad_()
         with timer("decode"):
-            images = decode(self.pipe.vae, rollout.latents)
+            images = decode(self.pipe.vae, endpoints)
         with timer("reward"):
             try:
                 rewards = self._score(images, names, facts)
@@ -148,6 +150,8 @@ class Engine:
             raise NonFiniteError(f"The loss is {loss.item()} {where(draws, prompts)}")
         with timer("backward"):
             (loss * weight).backward()
+            gradient, endpoints.grad = endpoints.grad, None
+            rollout.latents.backward(gradient)
         return StepResult(
             loss.detach(),
             rewards.detach(),
