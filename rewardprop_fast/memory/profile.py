@@ -52,11 +52,13 @@ MODES: Mapping[str, Mapping[str, Mapping[str, Policy]]] = {
     DECODER_BLOCK: {
         "keep": {},
         "parts": {RESNET: _R, ATTENTION: _R},
-        "block": {DECODER_BLOCK: _R},
-        "nested": {DECODER_BLOCK: _R, RESNET: _R, ATTENTION: _R},
+        "block": {DECODER_BLOCK: _R, RESNET: _R, ATTENTION: _R},
     },
     REWARD_BLOCK: {"keep": {}, "block": {REWARD_BLOCK: _R}},
 }
+
+#: Steps of intervals outside the chain of the K steps.
+BEFORE, BEHIND = -1, -2
 
 #: More runs than this are not made; modes not seen then are not offered.
 _MOST_RUNS = 5
@@ -70,7 +72,7 @@ class Numbers:
         kept: between its forward and its backward.
         forward, backward: most during it, the gradient of its output included.
         forward_seconds, backward_seconds: modelled.
-        inputs: bytes of what it was called on, which a recomputed unit holds.
+        inputs: bytes of the first tensor it was called on, which a recomputed unit holds.
     """
 
     kept: int
@@ -101,8 +103,9 @@ class Interval:
     """A stretch of the step between two borders.
 
     Attributes:
-        phase: "prefix", "suffix", "decode", "reward", "backward".
-        step: of the K; -1 before the first and behind the last.
+        phase: "prefix", "suffix", "decode", "reward", "decode_backward" (of the reward and the
+            decoder), "backward" (of the chain).
+        step: of the K; `BEFORE` the first, or `BEHIND` the last.
         unit: index of the unit that runs, or -1 for what lies between.
         is_backward: whether the unit's backward pass runs.
         opened: units 0..opened-1 have run forward and not yet backward (beside the running one).
@@ -127,8 +130,9 @@ class Profile:
         gradient_steps: how many of the K steps it holds: at most two.
         numbers: signature -> mode -> numbers.
         seconds: modelled, of all operations by phase, with everything kept.
-        weights: resident bytes of "unet", "vae" and "reward", and of the trained part.
-        modes_of: signature -> mode -> rules.
+        prefix_seconds: of one UNet call without gradients.
+        weights: bytes of the frozen weights of "unet", "vae" and "reward".
+        trained: bytes of the trained parameters, and so of their gradients.
     """
 
     gradient_steps: int
@@ -136,7 +140,9 @@ class Profile:
     intervals: list[Interval] = field(default_factory=list)
     numbers: dict[str, dict[str, Numbers]] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
+    prefix_seconds: float = 0.0
     weights: dict[str, int] = field(default_factory=dict)
+    trained: int = 0
 
 
 #: Seconds of an operation from (operation, arguments, keywords, output).
@@ -170,6 +176,9 @@ def profile(
     """
     shown = min(gradient_steps, 2)
     found = Profile(shown)
+    parts = {"unet": networks.unet, "vae": networks.vae, "reward": networks.reward}
+    found.weights = {name: _frozen_bytes(part) for name, part in parts.items()}
+    found.trained = _bytes_of([p for p in networks.unet.parameters() if p.requires_grad])
     first = _Run(networks, {}, clock)
     first.go(step, shown, 1, resident)
     first.read_skeleton(found)
@@ -234,7 +243,7 @@ class _Run:
         self.seconds = 0.0
         self.by_phase: dict[str, float] = {}
         self.phase = ""
-        self.unet_calls = -1
+        self.unet_calls, self.prefix_calls = -1, 0
         self.tracker = MemoryTracker(watch=self._operation)
 
     # --- running ---
@@ -329,17 +338,17 @@ class _Run:
                 segment = call.segment
                 found.units.append(Unit(segment.name, segment.kind, call.step, call.signature))
         kept = {index: self.kept(index) for index in position}
-        held, opened, running, is_backward, step = 0, 0, -1, False, -1
+        held, opened, running, is_backward, step = 0, 0, -1, False, BEFORE
         for before, mark in zip(self.marks, self.marks[1:], strict=False):
             index = position.get(before.call, -1)
             if before.kind == "enter" and index >= 0:
-                running, is_backward, step = index, False, found.units[index].step
+                running, is_backward, step = index, False, self._step_of(before.call)
             elif before.kind == "exit" and index >= 0:
                 running, opened, held = -1, index + 1, held + kept[before.call]
             elif before.kind == "back" and index >= 0:
                 running, opened, is_backward = index, index, True
                 held -= kept[before.call]
-                step = found.units[index].step
+                step = self._step_of(before.call)
             elif before.kind == "end":
                 running = -1
             own = kept[self._call_of(position, running)] if is_backward and running >= 0 else 0
@@ -355,6 +364,11 @@ class _Run:
                 )
             )
         found.seconds = dict(self.by_phase)
+        found.prefix_seconds = self.by_phase.get("prefix", 0.0) / max(1, self.prefix_calls)
+
+    def _step_of(self, call: int) -> int:
+        name = self.calls[call].segment.name
+        return self.calls[call].step if name.startswith("unet.") else BEHIND
 
     @staticmethod
     def _call_of(position: Mapping[int, int], unit: int) -> int:
@@ -427,7 +441,7 @@ class _Probe(_Shadow):
         call = _Call(self.segment, mode, self._signature(args, kwargs), step)
         run.calls.append(call)
         tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-        call.inputs = _bytes_of(tensors)
+        call.inputs = _bytes_of(tensors[:1])
         args, kwargs = self._ended(index, args, kwargs)
         run.mark("enter", index)
         output = self.forward(*args, **kwargs)
@@ -472,11 +486,20 @@ class _StepCounter(_Shadow):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if self.run.phase == "suffix":
             self.run.unet_calls += 1
+        else:
+            self.run.prefix_calls += 1
         return self.forward(*args, **kwargs)
 
 
 def _those_of(rules: Mapping[str, Policy], network: str) -> dict[str, Policy]:
     return {name: rule for name, rule in rules.items() if name.partition(".")[0] == network}
+
+
+def _frozen_bytes(network: object) -> int:
+    if not isinstance(network, nn.Module):
+        return 0
+    held = [p for p in network.parameters() if not p.requires_grad]
+    return _bytes_of([*held, *network.buffers()])
 
 
 def _bytes_of(tensors: list[Tensor], but: list[Tensor] | None = None) -> int:

@@ -56,7 +56,8 @@ class Engine:
     Expects the pipeline on its device, in its dtype, frozen, with the LoRA attached.
 
     Attributes:
-        watch: surrounds each phase of a step: "prefix", "suffix", "decode", "reward", "backward".
+        watch: surrounds each phase of a step: "prefix", "suffix", "decode", "reward",
+            "decode_backward" (of reward and decoder) and "backward" (of the chain).
     """
 
     watch: Watch = staticmethod(unwatched)
@@ -148,10 +149,10 @@ class Engine:
             loss = self.loss(rewards)
         if not self._is_finite(loss):
             raise NonFiniteError(f"The loss is {loss.item()} {where(draws, prompts)}")
-        with timer("backward"):
+        with timer("decode_backward"):
             (loss * weight).backward()
-            gradient, endpoints.grad = endpoints.grad, None
-            rollout.latents.backward(gradient)
+        with timer("backward"):
+            rollout.latents.backward(endpoints.grad)
         return StepResult(
             loss.detach(),
             rewards.detach(),

@@ -1,0 +1,516 @@
+"""From a budget to a plan: the least modelled time whose peak fits, at every point of the step.
+
+One mode is chosen for every unit (or for a few like units together), and how many of the first
+steps are run again as a whole. The bytes alive in an interval are a sum over the units, so the
+choice is an integer linear program, which HiGHS solves (scipy.optimize.milp); whole steps and the
+residency of weights are few, and are gone through one by one.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+import numpy as np
+from scipy.optimize import Bounds, LinearConstraint, milp
+from scipy.sparse import csr_array
+
+from rewardprop_fast.errors import ConfigError
+from rewardprop_fast.memory.kinds import (
+    ATTENTION,
+    FEED_FORWARD,
+    RESNET,
+    STEP,
+    TRANSFORMER_BLOCK,
+)
+from rewardprop_fast.memory.plan import Plan, Policy
+from rewardprop_fast.memory.profile import BEFORE, BEHIND, MODES, Interval, Numbers, Profile, Unit
+from rewardprop_fast.memory.sizes import format_bytes
+
+#: The mode of a recomputed unit whose input waits in host memory.
+OFFLOADED = "block, input offloaded"
+
+#: Steps that share their choices, at most so many groups of them.
+_MOST_GROUPS = 4
+
+#: Choices for like units of one group of steps.
+_MOST_PORTIONS = 6
+
+#: Names of the segments of a kind within a unit.
+_PARTS = {FEED_FORWARD: "feed_forward", ATTENTION: "*attention*", RESNET: "resnets.*"}
+
+Residency = Literal["all", "phases"]
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What the plan is for.
+
+    Attributes:
+        budget: bytes, None for no limit.
+        to_host, to_device: bytes per second between the device and host memory.
+        offload: whether inputs of recomputed units may go to host memory.
+        residencies: which of "all" and "phases" may be taken.
+    """
+
+    budget: int | None
+    to_host: float = 20e9
+    to_device: float = 20e9
+    offload: bool = False
+    residencies: tuple[Residency, ...] = ("all",)
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A plan and what is expected of it.
+
+    Attributes:
+        seconds: modelled, of the whole step; unlimited_seconds: with everything kept.
+        peak: bytes; by_phase: the peak within each phase.
+        offloaded: bytes a step that go to host memory.
+        modes: (step, kind, mode) -> number of units, for people.
+    """
+
+    plan: Plan
+    seconds: float
+    unlimited_seconds: float
+    peak: int
+    by_phase: dict[str, int]
+    offloaded: int
+    modes: dict[tuple[str, str, str], int] = field(default_factory=dict)
+
+
+class BudgetError(ConfigError):
+    """No plan fits. Attributes: least, the bytes of the smallest that would."""
+
+    def __init__(self, message: str, least: int) -> None:
+        super().__init__(message)
+        self.least = least
+
+
+def make_plan(profile: Profile, gradient_steps: int, prefix: int, limits: Limits) -> Planned:
+    """The fastest plan within the budget.
+
+    Args:
+        profile: of the step; its second step stands for all behind the first.
+        gradient_steps: K.
+        prefix: UNet calls without gradients, T - K for most methods.
+
+    Raises:
+        BudgetError: none fits; it says which budget would do and what would lower it.
+    """
+    best: Planned | None = None
+    for residency in limits.residencies:
+        for whole in _whole_steps(profile, gradient_steps):
+            problem = _Problem(profile, gradient_steps, prefix, whole, residency, limits)
+            if best is not None and problem.least_seconds() >= best.seconds:
+                continue
+            found = problem.solve()
+            if found is not None and (best is None or found.seconds < best.seconds):
+                best = found
+    if best is not None:
+        return best
+    least = least_peak(profile, gradient_steps, limits)
+    assert limits.budget is not None
+    raise BudgetError(
+        f"No plan fits into {format_bytes(limits.budget)}: the least that works is "
+        f"{format_bytes(least)}. {_advice(limits, gradient_steps)}",
+        least,
+    )
+
+
+def least_peak(profile: Profile, gradient_steps: int, limits: Limits) -> int:
+    """The smallest budget for which `make_plan` finds a plan, bytes."""
+    return min(
+        _Problem(profile, gradient_steps, 0, whole, residency, limits).least()
+        for residency in limits.residencies
+        for whole in _whole_steps(profile, gradient_steps)
+    )
+
+
+def _advice(limits: Limits, gradient_steps: int) -> str:
+    ways = []
+    if "phases" not in limits.residencies:
+        ways.append("residency by phases")
+    if not limits.offload:
+        ways.append("offloading")
+    if gradient_steps > 1:
+        ways.append("a smaller K")
+    return f"What would lower it: {', '.join([*ways, 'a smaller image, batch or reward'])}."
+
+
+def _groups(gradient_steps: int) -> list[range]:
+    """The K steps in groups with the same choices; the first, which alone begins a chain, apart."""
+    rest = gradient_steps - 1
+    count = min(rest, _MOST_GROUPS - 1)
+    borders = [1 + rest * i // count for i in range(count + 1)] if count else []
+    return [range(1), *(range(a, b) for a, b in zip(borders, borders[1:], strict=False))]
+
+
+def _whole_steps(profile: Profile, gradient_steps: int) -> list[int]:
+    """How many of the first steps may be run again as a whole."""
+    groups = _groups(gradient_steps)
+    return [0, *(group.stop for group in groups)]
+
+
+@dataclass
+class _Row:
+    """Bytes in one interval: a constant and what the choices add."""
+
+    phase: str
+    constant: int
+    terms: Counter[int]  # variable -> bytes
+
+
+class _Problem:
+    """One integer program: for so many whole steps and one residency."""
+
+    def __init__(
+        self,
+        profile: Profile,
+        gradient_steps: int,
+        prefix: int,
+        whole: int,
+        residency: Residency,
+        limits: Limits,
+    ) -> None:
+        self.profile, self.k, self.prefix = profile, gradient_steps, prefix
+        self.whole, self.residency, self.limits = whole, residency, limits
+        self.groups = _groups(gradient_steps)
+        self.of_step: dict[int, list[int]] = {0: [], 1: []}
+        self.tail: list[int] = []
+        for index, unit in enumerate(profile.units):
+            chain = unit.name.startswith("unet.")
+            (self.of_step[unit.step] if chain else self.tail).append(index)
+        #: (group or -1, unit) -> its variables by mode
+        self.choice: dict[tuple[int, int], dict[str, int]] = {}
+        self.cost: list[float] = []
+        self.moved: list[int] = []  # bytes to the host and back
+        self.alternatives: list[list[int]] = []
+        self._make_variables()
+        self.rows = list(self._rows())
+
+    # --- variables ---
+
+    def _make_variables(self) -> None:
+        for number, group in enumerate(self.groups):
+            self._choices(number, self.of_step[min(group.start, 1)], len(group))
+        self._choices(-1, self.tail, 1)
+
+    def _choices(self, group: int, units: Sequence[int], count: int) -> None:
+        alike: dict[str, list[int]] = defaultdict(list)
+        for index in units:
+            alike[self.profile.units[index].signature].append(index)
+        for signature, members in alike.items():
+            portions = min(len(members), _MOST_PORTIONS)
+            for part in np.array_split(np.array(members), portions):
+                variables = {}
+                for mode, numbers in self._modes(signature, self.profile.units[members[0]]):
+                    variables[mode] = len(self.cost)
+                    keep = self.profile.numbers[signature]["keep"]
+                    extra = numbers.forward_seconds + numbers.backward_seconds
+                    extra -= keep.forward_seconds + keep.backward_seconds
+                    self.cost.append(extra * len(part) * count)
+                    moved = numbers.inputs * len(part) * count if mode == OFFLOADED else 0
+                    self.moved.append(moved)
+                self.alternatives.append(list(variables.values()))
+                for index in part:
+                    self.choice[group, int(index)] = variables
+
+    def _modes(self, signature: str, unit: Unit) -> Iterator[tuple[str, Numbers]]:
+        known = self.profile.numbers[signature]
+        for mode in MODES[unit.kind]:
+            if mode in known:
+                yield mode, known[mode]
+        if self.limits.offload and unit.kind == TRANSFORMER_BLOCK and "block" in known:
+            # The input is in the skeleton, as the output of the unit before. Away it is missing
+            # there; beside the unit that runs the next one's is on its way back.
+            block = known["block"]
+            yield (
+                OFFLOADED,
+                replace(
+                    block,
+                    kept=block.kept - block.inputs,
+                    forward=block.forward + block.inputs,
+                    backward=block.backward + block.inputs,
+                ),
+            )
+
+    def _numbers(self, unit: int, mode: str) -> Numbers:
+        found = self.profile.units[unit]
+        return dict(self._modes(found.signature, found))[mode]
+
+    # --- rows ---
+
+    def _rows(self) -> Iterator[_Row]:
+        """One for each different sum; of those that differ in the constant alone, the largest."""
+        largest: dict[tuple[str, tuple[tuple[int, int], ...]], _Row] = {}
+        for row in self._all_rows():
+            key = (row.phase, tuple(sorted(row.terms.items())))
+            if key not in largest or largest[key].constant < row.constant:
+                largest[key] = row
+        yield from largest.values()
+
+    def _all_rows(self) -> Iterator[_Row]:
+        for interval in self.profile.intervals:
+            if interval.step == BEHIND:
+                yield self._row(interval, self._shift(self.k), None, None)
+            elif interval.step == BEFORE:
+                yield self._row(interval, 0, None, None)
+            else:
+                for number, group in enumerate(self.groups):
+                    # of a group's steps, most is alive in the last
+                    if min(group.start, 1) == min(interval.step, 1):
+                        yield from self._rows_of_step(interval, number, group[-1])
+
+    def _rows_of_step(self, interval: Interval, group: int, step: int) -> Iterator[_Row]:
+        shift = self._shift(step)
+        behind = interval.phase == "backward"
+        if behind and 0 < step < self.k - 1:
+            shift += self.profile.trained  # whose gradients later steps have made
+        if step >= self.whole:
+            yield self._row(interval, shift, group, step)
+        elif behind:
+            yield self._row(interval, shift, group, step, alone=True)
+        else:
+            # Forward and, in the backward pass, forward again with all that it keeps.
+            yield self._row(interval, shift, group, step, alone=True, forgets=True)
+            again = replace(interval, phase="backward")
+            yield self._row(again, shift + self.profile.trained, group, step, alone=True)
+
+    def _shift(self, step: int) -> int:
+        """What the chain's steps before ``step`` leave alive, beside their units' share.
+
+        As a difference to the skeleton, in which the first step is there, and behind the chain all
+        that were shown. A whole step leaves nothing.
+        """
+        if step == 0:
+            return 0
+        shown = self.profile.gradient_steps
+        first = self._start(1 if shown > 1 else BEHIND) - self._start(0)
+        other = self._start(BEHIND) - self._start(1) if shown > 1 else 0
+        there = sum(1 for earlier in range(1, step) if earlier >= self.whole)
+        counted = shown - 1 if step == self.k else 0
+        return (there - counted) * other - (first if self.whole > 0 else 0)
+
+    def _start(self, step: int) -> int:
+        return next(
+            i.skeleton for i in self.profile.intervals if i.step == step and not i.is_backward
+        )
+
+    def _row(
+        self,
+        interval: Interval,
+        shift: int,
+        group: int | None,
+        step: int | None,
+        alone: bool = False,
+        forgets: bool = False,
+    ) -> _Row:
+        """The bytes of ``interval`` in the K-step run.
+
+        Args:
+            group, step: which group's and step's it is, or None outside the chain.
+            alone: nothing of earlier steps is alive: they are whole ones, as this one is.
+            forgets: nothing of this step's units is kept either.
+        """
+        terms: Counter[int] = Counter()
+        constant = interval.skeleton + shift - self._absent(interval.phase)
+        if group is None:
+            if interval.step == BEHIND:
+                self._add_steps(terms, len(self.groups), 0)
+                self._add(terms, -1, [u for u in self.tail if u < interval.opened], 1)
+        else:
+            if not alone:
+                self._add_steps(terms, group, len(self.groups[group]) - 1)
+            own = [u for u in self.of_step[min(step or 0, 1)] if u < interval.opened]
+            if not forgets:
+                self._add(terms, group, own, 1)
+        if interval.unit >= 0:
+            place = -1 if group is None else group
+            for mode, variable in self.choice[place, interval.unit].items():
+                numbers = self._numbers(interval.unit, mode)
+                terms[variable] += numbers.backward if interval.is_backward else numbers.forward
+        else:
+            constant += interval.extra
+        return _Row(interval.phase, constant, terms)
+
+    def _add_steps(self, terms: Counter[int], groups: int, of_next: int) -> None:
+        """All steps of the first ``groups`` groups, and ``of_next`` of the next one."""
+        for number, group in enumerate(self.groups[: groups + 1]):
+            count = len(group) if number < groups else of_next
+            if group.start >= self.whole:
+                self._add(terms, number, self.of_step[min(group.start, 1)], count)
+
+    def _add(self, terms: Counter[int], group: int, units: Sequence[int], count: int) -> None:
+        for unit in units:
+            for mode, variable in self.choice[group, unit].items():
+                terms[variable] += count * self._numbers(unit, mode).kept
+
+    def _absent(self, phase: str) -> int:
+        """Bytes of weights that are not on the device in a phase."""
+        if self.residency == "all":
+            return 0
+        weights = self.profile.weights
+        if phase in ("decode", "reward", "decode_backward"):
+            return weights["unet"]
+        return weights["vae"] + weights["reward"]
+
+    # --- solving ---
+
+    def _base_seconds(self) -> float:
+        """Of the whole step, everything kept."""
+        seconds = self.profile.seconds
+        chain = seconds.get("suffix", 0.0) + seconds.get("backward", 0.0)
+        tail = sum(seconds.get(name, 0.0) for name in ("decode", "reward", "decode_backward"))
+        prefix = self.prefix * self.profile.prefix_seconds
+        return prefix + chain * self.k / self.profile.gradient_steps + tail
+
+    def least_seconds(self) -> float:
+        """No choice can be faster."""
+        once = self.profile.seconds["suffix"] / self.profile.gradient_steps
+        seconds = self._base_seconds() + self.whole * once
+        if self.residency == "phases":
+            weights = self.profile.weights
+            seconds += sum(weights.values()) / self.limits.to_device
+        return seconds
+
+    def solve(self) -> Planned | None:
+        """The fastest choice within the budget, or None where there is none."""
+        budget = self.limits.budget
+        n = len(self.cost)
+        # one more variable: seconds that copies take beyond the arithmetic they hide behind
+        cost = np.append(np.array(self.cost), 1.0)
+        constraints = [self._one_each(1)]
+        if budget is not None:
+            constraints.append(self._within(budget, 1))
+        moved = np.array(self.moved, dtype=float)
+        if moved.any():
+            hidden = self.profile.seconds["suffix"] * self.k / self.profile.gradient_steps
+            slowest = min(self.limits.to_host, self.limits.to_device)
+            row = np.append(moved / slowest, -1.0)[None]
+            constraints.append(LinearConstraint(row, -np.inf, hidden))
+        bounds = Bounds(np.zeros(n + 1), np.append(np.ones(n), np.inf))
+        result = milp(
+            cost,
+            constraints=constraints,
+            bounds=bounds,
+            integrality=np.append(np.ones(n), 0),
+            options={"mip_rel_gap": 1e-4, "time_limit": 20},
+        )
+        if result.x is None:
+            return None
+        chosen = {i for i in range(n) if result.x[i] > 0.5}
+        return self._planned(chosen, self.least_seconds() + float(result.fun))
+
+    def least(self) -> int:
+        """The least peak of any choice, bytes."""
+        n = len(self.cost)
+        matrix, constants = self._matrix(1)
+        matrix = matrix.tolil()
+        matrix[:, n] = -1.0
+        rows = LinearConstraint(matrix.tocsr(), -np.inf, -constants)
+        result = milp(
+            np.append(np.zeros(n), 1.0),
+            constraints=[self._one_each(1), rows],
+            bounds=Bounds(np.zeros(n + 1), np.append(np.ones(n), np.inf)),
+            integrality=np.append(np.ones(n), 0),
+            options={"mip_rel_gap": 1e-3, "time_limit": 20},
+        )
+        chosen = {i for i in range(n) if result.x[i] > 0.5}
+        return self._peaks(chosen)[0]
+
+    def _matrix(self, more: int) -> tuple[csr_array, np.ndarray]:
+        """MiB, so that the solver's tolerances are small ones."""
+        rows, columns, values = [], [], []
+        for number, row in enumerate(self.rows):
+            for variable, nbytes in row.terms.items():
+                rows.append(number)
+                columns.append(variable)
+                values.append(nbytes / 2**20)
+        shape = (len(self.rows), len(self.cost) + more)
+        constants = np.array([row.constant / 2**20 for row in self.rows])
+        return csr_array((values, (rows, columns)), shape=shape), constants
+
+    def _within(self, budget: int, more: int) -> LinearConstraint:
+        matrix, constants = self._matrix(more)
+        # a solver's feasibility tolerance is no byte over the budget
+        return LinearConstraint(matrix, -np.inf, budget / 2**20 - constants - 1e-3)
+
+    def _one_each(self, more: int) -> LinearConstraint:
+        rows = [n for n, variables in enumerate(self.alternatives) for _ in variables]
+        columns = [v for variables in self.alternatives for v in variables]
+        shape = (len(self.alternatives), len(self.cost) + more)
+        return LinearConstraint(csr_array((np.ones(len(rows)), (rows, columns)), shape=shape), 1, 1)
+
+    def _peaks(self, chosen: set[int]) -> tuple[int, dict[str, int]]:
+        by_phase: dict[str, int] = {}
+        for row in self.rows:
+            total = row.constant + sum(b for v, b in row.terms.items() if v in chosen)
+            by_phase[row.phase] = max(total, by_phase.get(row.phase, 0))
+        by_phase.pop("", None)
+        return max(by_phase.values()), by_phase
+
+    def _planned(self, chosen: set[int], seconds: float) -> Planned:
+        peak, by_phase = self._peaks(chosen)
+        modes: Counter[tuple[str, str, str]] = Counter()
+        steps, tail = [], self._names(-1, self.tail, chosen)
+        for number, group in enumerate(self.groups):
+            names = self._names(number, self.of_step[min(group.start, 1)], chosen)
+            for unit, mode in names.items():
+                modes[_title(group), unit.kind, mode] += 1
+            rules = _rules(names)
+            if group.start < self.whole:
+                rules = {STEP: Policy.RECOMPUTE, **rules}
+                modes[_title(group), STEP, "whole"] += 1
+            steps += [rules] * len(group)
+        for unit, mode in tail.items():
+            modes["decode" if unit.name.startswith("vae.") else "reward", unit.kind, mode] += 1
+        plan = Plan(
+            tuple(steps),
+            _rules({u: m for u, m in tail.items() if u.name.startswith("vae.")}),
+            _rules({u: m for u, m in tail.items() if u.name.startswith("reward.")}),
+            self.residency,
+            self.limits.budget,
+        )
+        moved = sum(self.moved[variable] for variable in chosen)
+        return Planned(plan, seconds, self._base_seconds(), peak, by_phase, moved, dict(modes))
+
+    def _names(self, group: int, units: Sequence[int], chosen: set[int]) -> dict[Unit, str]:
+        return {
+            self.profile.units[unit]: next(
+                mode for mode, variable in self.choice[group, unit].items() if variable in chosen
+            )
+            for unit in units
+        }
+
+
+def _title(group: range) -> str:
+    first, last = group[0] + 1, group[-1] + 1
+    return f"step {first}" if first == last else f"steps {first} to {last}"
+
+
+def _rules(modes: Mapping[Unit, str]) -> dict[str, Policy]:
+    """The usual mode of each kind by kind, what differs by name."""
+    rules: dict[str, Policy] = {}
+    by_kind: dict[str, dict[Unit, str]] = defaultdict(dict)
+    for unit, mode in modes.items():
+        by_kind[unit.kind][unit] = mode
+    for kind, units in by_kind.items():
+        usual = Counter(units.values()).most_common(1)[0][0]
+        rules |= _policies(kind, usual)
+        for unit, mode in units.items():
+            if mode != usual:
+                policies = _policies(kind, mode)
+                keep = dict.fromkeys(_policies(kind, usual).keys() - policies.keys(), Policy.KEEP)
+                for part, policy in {**keep, **policies}.items():
+                    rules[unit.name if part == kind else f"{unit.name}.{_PARTS[part]}"] = policy
+    return rules
+
+
+def _policies(kind: str, mode: str) -> Mapping[str, Policy]:
+    if mode == OFFLOADED:
+        return {kind: Policy.RECOMPUTE_OFFLOAD}
+    return MODES[kind][mode]
