@@ -9,7 +9,7 @@ residency of weights are few, and are gone through one by one.
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -37,6 +37,12 @@ _MOST_GROUPS = 4
 
 #: Choices for like units of one group of steps.
 _MOST_PORTIONS = 6
+
+#: Of one integer program; what was found by then is taken.
+_SECONDS = 6
+
+#: How far the chosen extra time may lie above the least there is: the extra is a tenth of a step.
+_GAP = 0.01
 
 #: Names of the segments of a kind within a unit.
 _PARTS = {FEED_FORWARD: "feed_forward", ATTENTION: "*attention*", RESNET: "resnets.*"}
@@ -175,9 +181,14 @@ class _Problem:
         whole: int,
         residency: Residency,
         limits: Limits,
+        gap: float = _GAP,
     ) -> None:
         self.profile, self.k, self.prefix = profile, gradient_steps, prefix
         self.whole, self.residency, self.limits = whole, residency, limits
+        self.gap = gap
+        self.numbers = {
+            unit.signature: dict(self._modes(unit.signature, unit)) for unit in profile.units
+        }
         self.groups = _groups(gradient_steps)
         self.of_step: dict[int, list[int]] = {0: [], 1: []}
         self.tail: list[int] = []
@@ -207,7 +218,7 @@ class _Problem:
             portions = min(len(members), _MOST_PORTIONS)
             for part in np.array_split(np.array(members), portions):
                 variables = {}
-                for mode, numbers in self._modes(signature, self.profile.units[members[0]]):
+                for mode, numbers in self.numbers[signature].items():
                     variables[mode] = len(self.cost)
                     keep = self.profile.numbers[signature]["keep"]
                     extra = numbers.forward_seconds + numbers.backward_seconds
@@ -239,8 +250,7 @@ class _Problem:
             )
 
     def _numbers(self, unit: int, mode: str) -> Numbers:
-        found = self.profile.units[unit]
-        return dict(self._modes(found.signature, found))[mode]
+        return self.numbers[self.profile.units[unit].signature][mode]
 
     # --- rows ---
 
@@ -290,7 +300,8 @@ class _Problem:
             return 0
         shown = self.profile.gradient_steps
         first = self._start(1 if shown > 1 else BEHIND) - self._start(0)
-        other = self._start(BEHIND) - self._start(1) if shown > 1 else 0
+        ends = self.profile.step_ends
+        other = ends[1] - ends[0] if shown > 1 else 0
         there = sum(1 for earlier in range(1, step) if earlier >= self.whole)
         counted = shown - 1 if step == self.k else 0
         return (there - counted) * other - (first if self.whole > 0 else 0)
@@ -345,6 +356,8 @@ class _Problem:
                 self._add(terms, number, self.of_step[min(group.start, 1)], count)
 
     def _add(self, terms: Counter[int], group: int, units: Sequence[int], count: int) -> None:
+        if count == 0:
+            return
         for unit in units:
             for mode, variable in self.choice[group, unit].items():
                 terms[variable] += count * self._numbers(unit, mode).kept
@@ -398,7 +411,7 @@ class _Problem:
             constraints=constraints,
             bounds=bounds,
             integrality=np.append(np.ones(n), 0),
-            options={"mip_rel_gap": 1e-4, "time_limit": 20},
+            options={"mip_rel_gap": self.gap, "time_limit": _SECONDS},
         )
         if result.x is None:
             return None
@@ -417,7 +430,7 @@ class _Problem:
             constraints=[self._one_each(1), rows],
             bounds=Bounds(np.zeros(n + 1), np.append(np.ones(n), np.inf)),
             integrality=np.append(np.ones(n), 0),
-            options={"mip_rel_gap": 1e-3, "time_limit": 20},
+            options={"mip_rel_gap": 1e-3, "time_limit": _SECONDS},
         )
         chosen = {i for i in range(n) if result.x[i] > 0.5}
         return self._peaks(chosen)[0]
@@ -500,17 +513,19 @@ def _rules(modes: Mapping[Unit, str]) -> dict[str, Policy]:
         by_kind[unit.kind][unit] = mode
     for kind, units in by_kind.items():
         usual = Counter(units.values()).most_common(1)[0][0]
-        rules |= _policies(kind, usual)
+        parts = frozenset[str]().union(*(unit.parts for unit in units))
+        rules |= _policies(kind, parts, usual)
         for unit, mode in units.items():
             if mode != usual:
-                policies = _policies(kind, mode)
-                keep = dict.fromkeys(_policies(kind, usual).keys() - policies.keys(), Policy.KEEP)
-                for part, policy in {**keep, **policies}.items():
+                policies = _policies(kind, unit.parts, mode)
+                others = _policies(kind, unit.parts, usual).keys() - policies.keys()
+                for part, policy in {**dict.fromkeys(others, Policy.KEEP), **policies}.items():
                     rules[unit.name if part == kind else f"{unit.name}.{_PARTS[part]}"] = policy
     return rules
 
 
-def _policies(kind: str, mode: str) -> Mapping[str, Policy]:
+def _policies(kind: str, parts: Collection[str], mode: str) -> dict[str, Policy]:
     if mode == OFFLOADED:
         return {kind: Policy.RECOMPUTE_OFFLOAD}
-    return MODES[kind][mode]
+    found = MODES[kind][mode]
+    return {part: policy for part, policy in found.items() if part == kind or part in parts}

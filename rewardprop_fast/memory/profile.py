@@ -90,12 +90,14 @@ class Unit:
     Attributes:
         name: its outermost segment's; step: of the K (or 0), in the order they run.
         signature: units with equal ones have equal numbers.
+        parts: the kinds of the segments within it.
     """
 
     name: str
     kind: str
     step: int
     signature: str
+    parts: frozenset[str]
 
 
 @dataclass(frozen=True)
@@ -130,6 +132,7 @@ class Profile:
         gradient_steps: how many of the K steps it holds: at most two.
         numbers: signature -> mode -> numbers.
         seconds: modelled, of all operations by phase, with everything kept.
+        step_ends: skeleton behind the UNet's call in each step.
         prefix_seconds: of one UNet call without gradients.
         weights: bytes of the frozen weights of "unet", "vae" and "reward".
         trained: bytes of the trained parameters, and so of their gradients.
@@ -140,6 +143,7 @@ class Profile:
     intervals: list[Interval] = field(default_factory=list)
     numbers: dict[str, dict[str, Numbers]] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
+    step_ends: list[int] = field(default_factory=list)
     prefix_seconds: float = 0.0
     weights: dict[str, int] = field(default_factory=dict)
     trained: int = 0
@@ -225,8 +229,9 @@ class _Call:
 
     segment: Segment
     mode: str
-    signature: str = ""
-    step: int = 0
+    signature: str
+    step: int
+    parts: frozenset[str]
     output: int = 0  # bytes
     inputs: int = 0
 
@@ -250,7 +255,7 @@ class _Run:
 
     def go(self, step: Any, k: int, prefix: int, resident: list[Tensor]) -> None:
         units = _units(self.networks)
-        probes = [_Probe(self, segment) for segment, _ in units]
+        probes = [_Probe(self, segment, parts) for segment, parts in units]
         counter = _StepCounter(self, self.networks.unet)
         self.tracker.count(resident)
         n = self.networks
@@ -336,7 +341,9 @@ class _Run:
             if index in with_backward:
                 position[index] = len(found.units)
                 segment = call.segment
-                found.units.append(Unit(segment.name, segment.kind, call.step, call.signature))
+                found.units.append(
+                    Unit(segment.name, segment.kind, call.step, call.signature, call.parts)
+                )
         kept = {index: self.kept(index) for index in position}
         held, opened, running, is_backward, step = 0, 0, -1, False, BEFORE
         for before, mark in zip(self.marks, self.marks[1:], strict=False):
@@ -351,6 +358,8 @@ class _Run:
                 step = self._step_of(before.call)
             elif before.kind == "end":
                 running = -1
+            elif before.kind == "step":
+                found.step_ends.append(before.live - held)
             own = kept[self._call_of(position, running)] if is_backward and running >= 0 else 0
             found.intervals.append(
                 Interval(
@@ -428,9 +437,9 @@ class _Shadow:
 class _Probe(_Shadow):
     """Notes a unit's borders."""
 
-    def __init__(self, run: _Run, segment: Segment) -> None:
+    def __init__(self, run: _Run, segment: Segment, parts: list[Segment]) -> None:
         super().__init__(run, segment.module)
-        self.segment = segment
+        self.segment, self.parts = segment, frozenset(part.kind for part in parts)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         run = self.run
@@ -438,7 +447,7 @@ class _Probe(_Shadow):
             return self.forward(*args, **kwargs)
         index, step = len(run.calls), max(run.unet_calls, 0) if run.phase == "suffix" else 0
         mode = run.modes.get((self.segment.name, step), "keep")
-        call = _Call(self.segment, mode, self._signature(args, kwargs), step)
+        call = _Call(self.segment, mode, self._signature(args, kwargs), step, self.parts)
         run.calls.append(call)
         tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         call.inputs = _bytes_of(tensors[:1])
@@ -484,11 +493,14 @@ class _StepCounter(_Shadow):
     """Counts the UNet's calls with gradients."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if self.run.phase == "suffix":
-            self.run.unet_calls += 1
-        else:
-            self.run.prefix_calls += 1
-        return self.forward(*args, **kwargs)
+        run = self.run
+        if run.phase != "suffix":
+            run.prefix_calls += 1
+            return self.forward(*args, **kwargs)
+        run.unet_calls += 1
+        output = self.forward(*args, **kwargs)
+        run.mark("step", -1)
+        return output
 
 
 def _those_of(rules: Mapping[str, Policy], network: str) -> dict[str, Policy]:
