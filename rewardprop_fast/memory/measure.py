@@ -64,7 +64,7 @@ class MemoryTracker(TorchDispatchMode):
         self,
         root: nn.Module | None = None,
         device_type: str | None = None,
-        watch: Callable[[Any, Any, Any, Any], None] | None = None,
+        watch: Callable[[Any, Any, Any, Any], object] | None = None,
     ) -> None:
         super().__init__()
         self.live_bytes = self.peak_bytes = self._lap = 0

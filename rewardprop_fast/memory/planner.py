@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from typing import Literal
 
 import numpy as np
@@ -152,7 +153,7 @@ def _groups(gradient_steps: int) -> list[range]:
     rest = gradient_steps - 1
     count = min(rest, _MOST_GROUPS - 1)
     borders = [1 + rest * i // count for i in range(count + 1)] if count else []
-    return [range(1), *(range(a, b) for a, b in zip(borders, borders[1:], strict=False))]
+    return [range(1), *(range(a, b) for a, b in pairwise(borders))]
 
 
 def _whole_steps(profile: Profile, gradient_steps: int) -> list[int]:

@@ -37,7 +37,9 @@ class Estimate:
     seconds: float
 
 
-def estimate(dry: DryRun, plan: Plan, device: Device, gradient_steps: int | None = None) -> Estimate:
+def estimate(
+    dry: DryRun, plan: Plan, device: Device, gradient_steps: int | None = None
+) -> Estimate:
     """Run a step on fake tensors under ``plan``: the bytes are those of the real step.
 
     Args:

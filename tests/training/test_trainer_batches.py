@@ -95,7 +95,9 @@ def test_lv_decodes_and_scores_once(make_trainer, reward, monkeypatch):
     assert result.images.shape == (6, 3, 16, 16)
     assert result.latents.shape == (6, 4, 8, 8)
     assert result.rewards.shape == (6,)
-    assert set(result.seconds) == {"prefix", "suffix", "decode", "reward", "backward"}
+    assert set(result.seconds) == {
+        *("prefix", "suffix", "decode", "reward", "decode_backward", "backward")
+    }
     assert not result.images.requires_grad
 
 

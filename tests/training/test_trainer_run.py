@@ -22,7 +22,8 @@ from rewardprop_fast.training.report import read_metrics
 METRICS = {
     "step", "reward_mean", "reward_std", "heldout_mean", "loss", "grad_norm", "learning_rate",
     "diversity", "drift", "seconds", "seconds_prefix", "seconds_suffix", "seconds_decode",
-    "seconds_reward", "seconds_backward", "seconds_update", "peak_memory_bytes", "k",
+    "seconds_reward", "seconds_decode_backward", "seconds_backward", "seconds_update",
+    "peak_memory_bytes", "k",
 }  # fmt: skip
 SUMMARY = {
     "reward_before", "reward_after", "heldout_before", "heldout_after", "steps", "seconds",

@@ -31,6 +31,7 @@ PHASE_COLOURS = {
     "suffix": "#3b6fd4",
     "decode": "#2a9d8f",
     "reward": "#e0912f",
+    "decode_backward": "#b48ae0",
     "backward": "#8a5cc7",
     "update": "#c2607e",
 }

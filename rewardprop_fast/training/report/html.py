@@ -60,6 +60,7 @@ _PHASE_MEANINGS = {
     "suffix": "denoising steps with gradients",
     "decode": "latents to images",
     "reward": "scoring the images",
+    "decode_backward": "gradients back to the latents",
     "backward": "gradients back to the LoRA",
     "update": "clipping and the optimizer",
 }

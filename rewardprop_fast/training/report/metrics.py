@@ -14,7 +14,7 @@ from rewardprop_fast.files import atomic_write
 from rewardprop_fast.training import run_files
 from rewardprop_fast.training.report.values import strict
 
-PHASES = ("prefix", "suffix", "decode", "reward", "backward", "update")
+PHASES = ("prefix", "suffix", "decode", "reward", "decode_backward", "backward", "update")
 """The parts of a training step in their order; ``seconds_<phase>`` holds each one's time."""
 
 _TENSORBOARD_GROUPS = {
