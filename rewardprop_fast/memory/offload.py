@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +28,22 @@ from rewardprop_fast.memory.scheduling.scheduler import OffloadError, Part
 from rewardprop_fast.memory.verify import fingerprint
 
 MIB = 2**20
+
+
+class Packed(Protocol):
+    """Stands for a saved tensor."""
+
+    def get(self) -> Tensor:
+        """It, for the backward pass."""
+        ...
+
+
+class Weights(Protocol):
+    """Somebody who moves weights."""
+
+    def saved(self, tensor: Tensor) -> Packed | None:
+        """What stands for a weight or a view of one; None for all others."""
+        ...
 
 
 @dataclass(slots=True)
@@ -56,6 +73,7 @@ class Offloader:
         least_bytes: smaller storages stay.
         never: modules and tensors whose storages stay besides the parameters that are met.
         window, stash: see `Scheduler`.
+        weights: knows where weights are if they move, a `Residency`.
         verify: hash all values on their way out and after they came back; slow.
     """
 
@@ -68,9 +86,11 @@ class Offloader:
         *,
         window: int = 1,
         stash: int = 1,
+        weights: Weights | None = None,
         verify: bool = False,
     ) -> None:
         self.backend, self.least_bytes, self.verify = backend, least_bytes, verify
+        self.weights = weights
         self.scheduler = Scheduler(backend, slab_bytes, window, stash)
         self._never = list(never)
         self._staying: dict[int, StorageWeakRef] = {}  # their storages by address
@@ -122,9 +142,10 @@ class Offloader:
 
     # --- autograd's hooks ---
 
-    def _pack(self, tensor: Tensor) -> _Kept | _Away:
+    def _pack(self, tensor: Tensor) -> Packed:
         with torch.no_grad():
-            return self._away(tensor) or _Kept(tensor)
+            weight = self.weights.saved(tensor) if self.weights is not None else None
+            return weight or self._away(tensor) or _Kept(tensor)
 
     def _away(self, tensor: Tensor) -> _Away | None:
         # other subclasses may be more than their storage
@@ -225,7 +246,7 @@ def _storages(given: Iterable[nn.Module | Tensor]) -> dict[int, StorageWeakRef]:
     return found
 
 
-def _unpack(packed: _Kept | _Away) -> Tensor:
+def _unpack(packed: Packed) -> Tensor:
     return packed.get()
 
 

@@ -100,6 +100,10 @@ class Backend(Protocol):
         """Queue a copy of ``host[offset:]`` to ``buffer`` on the stream BACK."""
         ...
 
+    def filled(self, host: Host, offset: int, nbytes: int) -> None:
+        """Say that the host itself wrote there, before anything that is queued from now on."""
+        ...
+
     def use(self, buffer: Buffer) -> None:
         """Say that the computation reads the buffer from now on, until it is dropped."""
         ...

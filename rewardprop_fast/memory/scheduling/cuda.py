@@ -86,6 +86,9 @@ class Cuda:
         with torch.cuda.stream(self._streams[stream]):
             to.copy_(source, non_blocking=True)
 
+    def filled(self, host: Host, offset: int, nbytes: int) -> None:
+        pass
+
     def use(self, buffer: Buffer) -> None:
         pass  # the stream order says it
 

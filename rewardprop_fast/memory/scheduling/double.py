@@ -190,7 +190,7 @@ class Double(VirtualDevice):
         super().copy_out(buffer, host, offset)
         access = self._operation(OUT)
         touched.reads.append(access)
-        self._write_place(host, offset, buffer, access)
+        self._write_place(host, offset, buffer.nbytes, access, _title(buffer))
         if self.values and host.tensor is not None and buffer.tensor is not None:
             to = host.tensor[offset : offset + buffer.nbytes]
             source = as_bytes(buffer.tensor)
@@ -209,6 +209,10 @@ class Double(VirtualDevice):
         if self.values and host.tensor is not None and buffer.tensor is not None:
             source = host.tensor[offset : offset + buffer.nbytes]
             self._pending.append((access, self._late_copy(source, buffer.tensor, _title(buffer))))
+
+    def filled(self, host: Host, offset: int, nbytes: int) -> None:
+        # the 0th operation of any stream is behind everything
+        self._write_place(host, offset, nbytes, Access(COMPUTE, 0, 0.0), "What the host writes")
 
     def use(self, buffer: Buffer) -> None:
         touched = self._held(buffer)
@@ -303,19 +307,19 @@ class Double(VirtualDevice):
             )
         return touched
 
-    def _write_place(self, host: Host, offset: int, buffer: Buffer, access: Access) -> None:
-        end = offset + buffer.nbytes
+    def _write_place(
+        self, host: Host, offset: int, nbytes: int, access: Access, title: str
+    ) -> None:
+        end = offset + nbytes
         if offset < 0 or end > host.nbytes:
-            raise self._violation(
-                BudgetOverrun, f"{_title(buffer)} does not lie within the host memory."
-            )
+            raise self._violation(BudgetOverrun, f"{title} does not lie within the host memory.")
         others = []
         for place in self._places[host]:
             if place.begin >= end or place.end <= offset:
                 others.append(place)
                 continue
             for before in (place.write, *place.reads):
-                self._must_follow(OUT, before, f"{_title(buffer)} takes a place that", "used")
+                self._must_follow(access.stream, before, f"{title} takes a place that", "used")
         self._places[host] = [*others, _Place(offset, end, access)]
 
     def _written_place(self, host: Host, offset: int, buffer: Buffer) -> _Place:

@@ -79,6 +79,9 @@ class VirtualDevice:
         self.ready[stream] += seconds
         self.busy[stream] += seconds
 
+    def filled(self, host: Host, offset: int, nbytes: int) -> None:
+        pass
+
     def use(self, buffer: Buffer) -> None:
         pass
 
