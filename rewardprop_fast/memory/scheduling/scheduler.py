@@ -16,7 +16,6 @@ from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass, field
-from enum import Enum
 
 from torch import Tensor
 
@@ -28,14 +27,9 @@ class OffloadError(RuntimeError):
     """A saved tensor cannot be given back as it was."""
 
 
-class Where(Enum):
-    """Of a block: LEAVING the device, on the HOST alone, COMING back, HERE to stay, GONE."""
-
-    LEAVING = 0
-    HOST = 1
-    COMING = 2
-    HERE = 3
-    GONE = 4
+#: Where a block is: still on the device and on its way out; on the host alone; on its way back; on
+#: the device to stay; nowhere. Plain numbers, since a plan asks for thousands of simulated steps.
+LEAVING, HOST, COMING, HERE, GONE = range(5)
 
 
 class Block:
@@ -63,14 +57,14 @@ class Block:
         self.buffer: Buffer | None = buffer
         self.departure, self.arrival = departure, departure  # behind its copies out and in
         self.name, self.nbytes, self.offset = buffer.name, buffer.nbytes, offset
-        self.where = Where.LEAVING
+        self.where = LEAVING
         self.holders = 0
         self.spoilt = False
 
     @property
     def gone(self) -> bool:
         """Nobody wanted it any more, and it is nowhere."""
-        return self.where is Where.GONE
+        return self.where == GONE
 
 
 class Part:
@@ -82,6 +76,13 @@ class Part:
         self.index, self.name = index, name
         self.blocks: dict[Block, None] = {}  # in the order they were made
         self.used = False  # whether its backward pass has begun
+
+    def is_wanted(self) -> bool:
+        """Whether any of its blocks is."""
+        for block in self.blocks:  # noqa: SIM110  (half the time of any)
+            if block.holders:
+                return True
+        return False
 
 
 @dataclass
@@ -141,7 +142,8 @@ class Scheduler:
 
     def open(self, name: str) -> None:
         """Begin a segment. Inside another one, that one ends here and begins anew at `close`."""
-        self._settle()
+        if self._dropped:
+            self._settle()
         self._inside = True
         try:
             if self._open:
@@ -180,7 +182,8 @@ class Scheduler:
         Returns:
             None where the slab is full: the memory stays, and that is counted.
         """
-        self._settle()
+        if self._dropped:
+            self._settle()
         self._inside = True
         try:
             block = self._send(nbytes, tensor, name)
@@ -213,7 +216,8 @@ class Scheduler:
 
     def flush(self) -> None:
         """Let go of the device memory of all that goes to the host, behind the copies."""
-        self._settle()
+        if self._dropped:
+            self._settle()
         self._inside = True
         try:
             while self._leaving:
@@ -230,17 +234,17 @@ class Scheduler:
 
     def _left(self, part: Part) -> bool:
         for block in reversed(part.blocks):
-            if block.where is Where.LEAVING:  # the copies before it have then ended, too
+            if block.where == LEAVING:  # the copies before it have then ended, too
                 return self.backend.done(block.departure[1])
         return True
 
     def _release(self, part: Part) -> None:
         for block in reversed(part.blocks):  # having waited for the last, one has for all
-            if block.where is Where.LEAVING:
+            if block.where == LEAVING:
                 assert block.buffer is not None
                 block.spoilt = block.buffer.changed
                 self._let_buffer_go(block)
-                block.where = Where.HOST
+                block.where = HOST
 
     def _let_buffer_go(self, block: Block) -> None:
         """Nothing else may have the memory before all copies that touch it have ended."""
@@ -259,19 +263,20 @@ class Scheduler:
         Raises:
             OffloadError: the scheduler was reset in between, or the values have been overwritten.
         """
-        self._settle()
-        if block.where is Where.GONE:
+        if self._dropped:
+            self._settle()
+        if block.where == GONE:
             raise OffloadError(
                 f"{block.name or 'A saved tensor'} was forgotten when the offloading was reset; "
                 "its backward pass cannot run any more."
             )
         self._inside = True
         try:
-            if block.where is Where.HOST:
+            if block.where == HOST:
                 self._fetch(part)
-            if block.where is Where.LEAVING:
+            if block.where == LEAVING:
                 self._stay(block)
-            elif block.where is Where.COMING:
+            elif block.where == COMING:
                 self._arrive(block)
             if not part.used:
                 part.used = True
@@ -289,12 +294,12 @@ class Scheduler:
 
     def _stay(self, block: Block) -> None:
         """It never left. The copy is of no use; whatever comes to its place is queued behind it."""
-        block.where = Where.HERE
+        block.where = HERE
         self.slab.give_back(block.offset, block.nbytes)
 
     def _arrive(self, block: Block) -> None:
         self._await(BACK, block.arrival)
-        block.where = Where.HERE
+        block.where = HERE
 
     def _fence(self, stream: int) -> Fence:
         self._copies += 1
@@ -317,7 +322,7 @@ class Scheduler:
                 wanted -= 1
 
     def _fetch(self, part: Part) -> None:
-        blocks = [b for b in part.blocks if b.where is Where.HOST and b.holders]
+        blocks = [b for b in part.blocks if b.where == HOST and b.holders]
         if not blocks:
             return
         backend = self.backend
@@ -329,7 +334,7 @@ class Scheduler:
             self.counted.bytes_back += block.nbytes
         arrival = self._fence(BACK)
         for block, buffer in zip(blocks, buffers, strict=True):
-            block.where, block.buffer, block.arrival = Where.COMING, buffer, arrival
+            block.where, block.buffer, block.arrival = COMING, buffer, arrival
             self.slab.give_back(block.offset, block.nbytes, arrival)
 
     # --- the end of a block ---
@@ -372,16 +377,16 @@ class Scheduler:
                     self._forget(block)
         finally:
             self._inside = False
-        while self.parts and not any(block.holders for block in self.parts[-1].blocks):
+        while self.parts and not self.parts[-1].is_wanted():
             self.parts.pop()
 
     def _forget(self, block: Block) -> None:
-        if block.where is Where.COMING:
+        if block.where == COMING:
             self._arrive(block)
-        elif block.where is Where.LEAVING:
+        elif block.where == LEAVING:
             self._stay(block)
-        elif block.where is Where.HOST:
+        elif block.where == HOST:
             self.slab.give_back(block.offset, block.nbytes)
         if block.buffer is not None:
             self._let_buffer_go(block)
-        block.where = Where.GONE
+        block.where = GONE

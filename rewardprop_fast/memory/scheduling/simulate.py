@@ -38,12 +38,15 @@ class Simulation:
         peak_host_bytes: most of the slab at once, with its alignment.
         peak_extra_device_bytes: most that was on the device at once of what goes to the host: not
             yet gone, or already back.
+        stayed_bytes: that the slab had no room for; they are on the device from the forward to the
+            backward pass of their segments, besides the extra ones.
     """
 
     seconds: float
     stall_seconds: float
     peak_host_bytes: int
     peak_extra_device_bytes: int
+    stayed_bytes: int = 0
 
 
 def simulate(
@@ -88,4 +91,5 @@ def simulate(
         device.stall_seconds,
         scheduler.slab.peak,
         device.peak_device_bytes,
+        scheduler.counted.stayed_bytes,
     )

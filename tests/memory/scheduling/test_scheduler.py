@@ -19,7 +19,7 @@ from rewardprop_fast.memory.scheduling.double import (
 )
 from rewardprop_fast.memory.scheduling.graph import GraphError
 from rewardprop_fast.memory.scheduling.recorded import Recorded
-from rewardprop_fast.memory.scheduling.scheduler import Block, Part, Scheduler, Where
+from rewardprop_fast.memory.scheduling.scheduler import COMING, HERE, HOST, Block, Part, Scheduler
 from rewardprop_fast.memory.scheduling.slab import Fence
 from rewardprop_fast.memory.scheduling.virtual import VirtualDevice
 from tests.memory.scheduling.programs import PROGRAMS, Program, run, some_programs
@@ -89,13 +89,13 @@ def test_reset_at_any_time_leaves_nothing(program: Program) -> None:
 
 class DoesNotWaitForArrival(Scheduler):
     def _arrive(self, block: Block) -> None:
-        block.where = Where.HERE
+        block.where = HERE
 
 
 class WaitsForArrivalOnTheWrongStream(Scheduler):
     def _arrive(self, block: Block) -> None:
         self.backend.wait(OUT, block.arrival[1])
-        block.where = Where.HERE
+        block.where = HERE
 
 
 class FreesBeforeTheCopyOutHasEnded(Scheduler):
@@ -114,8 +114,8 @@ class WaitsForTheCopyBefore(Scheduler):
 
 class FreesWhatComesBackBeforeItIsThere(Scheduler):
     def _forget(self, block: Block) -> None:
-        if block.where is Where.COMING:
-            block.where = Where.HERE
+        if block.where == COMING:
+            block.where = HERE
         super()._forget(block)
 
 
@@ -139,16 +139,16 @@ class GivesAwayPlacesOfWhatIsAway(Scheduler):
     def _release(self, part: Part) -> None:
         super()._release(part)
         for block in part.blocks:
-            if block.where is Where.HOST:
+            if block.where == HOST:
                 self.slab.give_back(block.offset, block.nbytes)
 
 
 class BringsNothing(Scheduler):
     def _fetch(self, part: Part) -> None:
         for block in part.blocks:
-            if block.where is Where.HOST and block.holders:
+            if block.where == HOST and block.holders:
                 block.buffer = self.backend.allocate(block.nbytes)
-                block.where = Where.HERE
+                block.where = HERE
                 self.slab.give_back(block.offset, block.nbytes)
 
 

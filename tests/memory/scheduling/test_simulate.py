@@ -59,6 +59,7 @@ def test_without_a_stash_every_copy_out_is_waited_for() -> None:
 def test_what_the_slab_does_not_hold_stays() -> None:
     found = simulate(step(10), 1e12, 1e12, slab_bytes=3 * rounded(MB))
     assert found.peak_host_bytes == 3 * rounded(MB)
+    assert found.stayed_bytes == 7 * MB
     assert found.stall_seconds == pytest.approx(0, abs=1e-4)
 
 
