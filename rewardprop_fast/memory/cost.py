@@ -210,15 +210,21 @@ def _convolution_backward(args: tuple[Any, ...], read: list[Tensor]) -> list[Ten
     return [grad, *([x] if for_weight else []), *([weight] if for_x else [])]
 
 
+def _lora_linear(args: tuple[Any, ...], read: list[Tensor]) -> list[Tensor]:
+    """What the adapters were joined of is there to be kept; the joined ones are read."""
+    return [*_tensors(args[:5])]
+
+
 def _lora_linear_backward(args: tuple[Any, ...], read: list[Tensor]) -> list[Tensor]:
     """The weights are read for the gradient of x alone."""
     weights, needed = args[1], args[-1]
     return read if needed[0] else [t for t in read if not any(t is weight for weight in weights)]
 
 
-#: Arguments that are there and, depending on which gradients are needed, not read.
+#: Arguments that are there and not read, or only where certain gradients are needed.
 _UNREAD = {
     aten.convolution_backward: _convolution_backward,
+    torch.ops.rewardprop_fast.lora_linear: _lora_linear,
     torch.ops.rewardprop_fast.lora_linear_backward: _lora_linear_backward,
 }
 

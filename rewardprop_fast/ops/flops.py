@@ -46,6 +46,7 @@ def _lora_linear(
     lora_b: Shape,
     ranks: Sequence[int],
     scales: Sequence[float],
+    parts: Sequence[Shape] | None = None,
     *,
     out_shape: Any = None,
 ) -> int:

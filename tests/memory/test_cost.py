@@ -272,6 +272,8 @@ def test_bytes_of_a_group_norm_and_a_lora_linear() -> None:
     found = one(func, rows, [weight], [None], *adapters)
     half = 3 * 8 + 6 * 8 + 3 * 6 + 3 * 2
     assert found == Cost(2 * 3 * (8 * 6 + 8 * 2 + 12), 2 * half + 4 * (16 + 12), BF16)
+    parts = [floats(2, 8), floats(6, 2)]  # kept for backward, and not read
+    assert one(func, rows, [weight], [None], *adapters, parts) == found
     func = torch.ops.rewardprop_fast.lora_linear_backward.default
     backward = ([torch.zeros(3, 6, dtype=BF16)], [weight], rows, torch.zeros(3, 2, dtype=BF16))
     for dx in (True, False):
