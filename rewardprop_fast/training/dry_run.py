@@ -195,7 +195,8 @@ class _Encoder:
             added = {"text_embeds": self._empty(rows, width), "time_ids": self._empty(rows, 6)}
         if not self.guided:
             return Conditioning(embeddings, None, added)
-        return Conditioning(embeddings, embeddings.clone(), added, dict(added))
+        again = {name: tensor.clone() for name, tensor in added.items()}
+        return Conditioning(embeddings, embeddings.clone(), added, again)
 
     def _empty(self, *shape: int) -> Tensor:
         return torch.empty(*shape, dtype=self.unet.dtype)
