@@ -56,3 +56,12 @@ class Conditioning:
             {key: again(value) for key, value in self.positive_added.items()},
             {key: again(value) for key, value in self.negative_added.items()},
         )
+
+    def to(self, device: torch.device | str) -> Conditioning:
+        """The same conditions on another device."""
+        return Conditioning(
+            self.positive.to(device),
+            None if self.negative is None else self.negative.to(device),
+            {key: value.to(device) for key, value in self.positive_added.items()},
+            {key: value.to(device) for key, value in self.negative_added.items()},
+        )

@@ -100,6 +100,22 @@ class SamplingConfig(Settings):
 
 
 @dataclass(frozen=True)
+class EncodingConfig(Settings):
+    """When prompts are encoded, and where the embeddings are kept."""
+
+    when: Literal["auto", "ahead", "lazily"] = setting(
+        "auto",
+        help="ahead: all before training, and the text encoders leave the device; auto: on a GPU.",
+    )
+    cache: str | None = setting(
+        None,
+        pattern=r".*\S.*",
+        allowed="a folder, or null",
+        help="Folder where embeddings are kept for later runs; null: nowhere.",
+    )
+
+
+@dataclass(frozen=True)
 class LoRAConfig(Settings):
     """The trained weights: low-rank additions to the UNet's projections, in peft's format."""
 
@@ -205,6 +221,7 @@ class TrainConfig(Settings):
         DRaFT(), registry=lambda: METHODS, help="Where gradients flow, and its own settings."
     )
     sampling: SamplingConfig = setting(SamplingConfig(), help="How images are drawn.")
+    encoding: EncodingConfig = setting(EncodingConfig(), help="Prompts to embeddings.")
     lora: LoRAConfig = setting(LoRAConfig(), help="The trained weights.")
     optimizer: OptimizerConfig = setting(OptimizerConfig(), help="The update.")
     output: OutputConfig = setting(OutputConfig(), help="What is written.")

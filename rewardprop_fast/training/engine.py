@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from rewardprop_fast.errors import ModelError, NonFiniteError, NonFiniteRewardError
-from rewardprop_fast.models import PromptEncoder, check_size, decode, default_size
+from rewardprop_fast.models import EmbeddingCache, PromptEncoder, check_size, decode, default_size
 from rewardprop_fast.randomness import Draws
 from rewardprop_fast.rewards import Reward, evaluate
 from rewardprop_fast.rollout import Sampler, Schedule
@@ -86,6 +86,7 @@ class Engine:
             self.width,
             sampling.negative_prompt,
             guided=sampling.guidance_scale > 1,
+            cache=EmbeddingCache(config.encoding.cache) if config.encoding.cache else None,
         )
 
     @property

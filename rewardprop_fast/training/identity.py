@@ -10,7 +10,7 @@ from rewardprop_fast.rewards import Reward, name_of
 from rewardprop_fast.training.config import RunConfig, TrainConfig
 from rewardprop_fast.training.prompts import PromptSet
 
-_FREE = ("output", "steps", "device", "target_reward")  # may change on resume
+_FREE = ("output", "steps", "device", "target_reward", "encoding")  # may change on resume
 _PARTS = ("prompts", "metadata", "reward", "reward_settings")
 
 

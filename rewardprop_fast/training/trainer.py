@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -266,6 +267,7 @@ class RewardPropTrainer:
             StopRequest() as stop,
             report.MetricsWriter(folder.path, config.output.tensorboard) as metrics,
             report.TrainingProgress(config.steps, self.step, self.progress) as progress,
+            self._encoded(),
         ):
             metrics.truncate(self.step)
             before = self.evaluate(base=True)
@@ -299,6 +301,12 @@ class RewardPropTrainer:
             after = self.evaluate()
         summary = self._finish(folder, before, after)
         return TrainResult(self.step, folder.path, 0, summary)
+
+    def _encoded(self) -> AbstractContextManager[None]:
+        """All prompts encoded, and the encoders off the device, where the config wants that."""
+        when = self.config.encoding.when
+        ahead = when == "ahead" or (when == "auto" and self.device.type != "cpu")
+        return self.engine.encoder.ahead(self.prompts.prompts) if ahead else nullcontext()
 
     def _finish(self, folder: RunFolder, before: Evaluation, after: Evaluation) -> dict[str, Any]:
         """Write what a finished run hands over: LoRA, pictures, summary, report."""
