@@ -11,6 +11,7 @@ import argparse
 import csv
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -116,6 +117,9 @@ def main() -> None:
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES))
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument(
+        "--keep", action="store_true", help="keep the output's rows of all that is not timed now"
+    )
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results/ops_cpu"))
     arguments = parser.parse_args()
     work = [
@@ -134,9 +138,26 @@ def main() -> None:
             progress.update(task, description=f"{case.operator} {case.name} {dtype}")
             rows += rows_of(case, network, dtype, arguments)
             progress.advance(task)
+    if arguments.keep:
+        rows = [*others(rows, arguments.output), *rows]
     write(rows, arguments)
     show(totals(rows), console)
     console.print(f"written to {arguments.output}.csv, .json and .png")
+
+
+def others(rows: list[dict[str, Any]], output: Path) -> list[dict[str, Any]]:
+    """The rows that an earlier run wrote of other operators, networks and dtypes."""
+    new = {(row["operator"], row["network"], row["dtype"]) for row in rows}
+    with output.with_suffix(".csv").open() as file:
+        old = list(csv.DictReader(file))
+    numbers: dict[str, Callable[[str], Any]] = {"count": int, "kept_bytes": int}
+    numbers |= dict.fromkeys((name for name in rows[0] if name.endswith("_ms")), float)
+    numbers["speedup_of_ours"] = float
+    return [
+        {name: numbers.get(name, str)(text) if text else text for name, text in row.items()}
+        for row in old
+        if (row["operator"], row["network"], row["dtype"]) not in new
+    ]
 
 
 def write(rows: list[dict[str, Any]], arguments: argparse.Namespace) -> None:

@@ -19,8 +19,8 @@ struct Short {};
 
 #if defined(__AVX512F__)
 
-// 1 + e^-z, to 1.6 units in the last place; infinite where e^-z is, 1 at infinity, NaN at -infinity
-// and at NaN.
+// 1 + e^-z, to 1.6 units in the last place; infinite where e^-z is. Of a NaN it is a number: what
+// it is multiplied with is a NaN then.
 REWARDPROP_LANES __m512 one_plus_exponential(__m512 z, Exact) {
     const __m512 powers = _mm512_setr_ps(  // 2^(i / 16)
         1.0f, 1.0442737824f, 1.0905077327f, 1.1387886348f, 1.1892071150f, 1.2418578121f,
@@ -28,8 +28,9 @@ REWARDPROP_LANES __m512 one_plus_exponential(__m512 z, Exact) {
         1.6817928305f, 1.7562521604f, 1.8340080864f, 1.9152065614f);
     const __m512 one = _mm512_set1_ps(1.0f);
     const __m512 to_sixteenths = _mm512_set1_ps(786432.0f);  // 1.5 * 2^19: adding it rounds to 1/16
-    // Beyond 103 the exponential is nothing beside 1. A NaN stays, as the second operand.
-    z = _mm512_min_ps(_mm512_set1_ps(103.0f), z);
+    // Beyond 104 the exponential is nothing beside 1, or infinite: the smaller absolute value, with
+    // the sign of z.
+    z = _mm512_range_ps(z, _mm512_set1_ps(104.0f), 2);
     const __m512 shifted = _mm512_fmadd_ps(z, _mm512_set1_ps(-1.44269504f), to_sixteenths);
     const __m512 n = shifted - to_sixteenths;
     __m512 r = _mm512_fmadd_ps(n, _mm512_set1_ps(0.693145752f), z);  // as in math/exp.h
@@ -42,7 +43,7 @@ REWARDPROP_LANES __m512 one_plus_exponential(__m512 z, Exact) {
     return one + _mm512_scalef_ps(_mm512_fnmadd_ps(power * r, p, power), n);
 }
 
-// The same to 8e-5 of e^-z: a polynomial for 2^f, 0 <= f < 1. Infinity at -infinity.
+// The same to 8e-5 of e^-z: a polynomial for 2^f, 0 <= f < 1.
 REWARDPROP_LANES __m512 one_plus_exponential(__m512 z, Short) {
     constexpr int kDown = _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC;
     const __m512 t = z * _mm512_set1_ps(-1.44269504f);

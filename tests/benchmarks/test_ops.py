@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import csv
 import json
+import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -46,3 +48,26 @@ def test_writes_times_and_bytes_of_every_operator(
     }
     assert output.with_suffix(".png").stat().st_size > 0
     assert "geglu" in capsys.readouterr().out
+
+    # Timing one of them again keeps the others as they are.
+    monkeypatch.setattr("sys.argv", [*sys.argv, "--keep", "--operators", "geglu"])
+    command.main()
+    with output.with_suffix(".csv").open() as file:
+        again = list(csv.DictReader(file))
+    assert len(again) == len(rows)
+    assert [r for r in again if r["operator"] != "geglu"] == [
+        r for r in rows if r["operator"] != "geglu"
+    ]
+    assert [r for r in again if r["operator"] == "geglu"] != [
+        r for r in rows if r["operator"] == "geglu"
+    ]
+    new_totals = json.loads(output.with_suffix(".json").read_text())["totals"]
+    for total in totals:
+        if total["operator"] != "geglu":
+            (new,) = [t for t in new_totals if key(t) == key(total)]
+            assert new["milliseconds"] == pytest.approx(total["milliseconds"], rel=1e-5)
+            assert new["kept_bytes"] == total["kept_bytes"]
+
+
+def key(total: dict[str, Any]) -> tuple[str, ...]:
+    return tuple(total[name] for name in ("operator", "network", "dtype", "pass"))

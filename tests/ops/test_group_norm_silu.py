@@ -409,6 +409,23 @@ def test_the_silu_is_right_from_end_to_end(layout: str, dtype: torch.dtype) -> N
 
 
 @needs_native
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_the_silu_of_numbers_of_any_size(layout: str, dtype: torch.dtype) -> None:
+    """Up to the largest there are; where the result is no denormal number, as PyTorch has it."""
+    z = torch.cat([sign * 10.0 ** torch.arange(1.8, 38.5, 0.01) for sign in (-1, 1)]).to(dtype)
+    x = torch.tensor([-1.0, 1.0]).repeat(32).reshape(1, 1, 8, 8).expand(1, len(z), 8, 8).to(dtype)
+    leaves = [laid_out(x, layout), torch.zeros_like(z), z]
+    grad = torch.ones_like(x)
+    with ops.backend("native", strict=True):
+        ours = output_and_gradients(lambda x, w, b: group_norm(x, 1, w, b, silu=True), leaves, grad)
+    torchs = output_and_gradients(lambda x, w, b: theirs(x, 1, w, b, 1e-5, True), leaves, grad)
+    for own, plain, roundings in zip(ours, torchs, (2, 2, 8, 8), strict=True):
+        rtol = roundings * torch.finfo(dtype).eps  # those of weight and bias are sums over 64 rows
+        torch.testing.assert_close(own, plain, rtol=rtol, atol=2.0**-110)
+
+
+@needs_native
 @pytest.mark.parametrize("parameter_dtype", [torch.float32, torch.bfloat16])
 def test_float32_parameters_go_with_bfloat16(parameter_dtype: torch.dtype) -> None:
     leaves = problem((2, 16, 5, 5), torch.bfloat16, parameter_dtype=parameter_dtype)

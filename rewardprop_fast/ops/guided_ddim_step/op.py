@@ -115,9 +115,8 @@ def _backward(
     grad = grad.contiguous(memory_format=_memory_format(grad))
     coefficients = coefficients.contiguous()
     # The gradient has the shape and dtype of x_prev, so it stands for the latents where legality is
-    # asked; a view of no elements stands for the model's output, of which only the dtype and device
-    # matter.
-    stand_in = grad.new_empty(0, dtype=model_dtype)
+    # asked; what stands for the model's output needs its dtype and device alone.
+    stand_in = grad if grad.dtype == model_dtype else grad.new_empty(0, dtype=model_dtype)
     choice = choose(GUIDED_DDIM_STEP, stand_in, grad, coefficients, guidance_scale, None)
     return choice.implementation.backward(grad, coefficients, guidance_scale, model_dtype)
 
