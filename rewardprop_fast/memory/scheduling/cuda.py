@@ -53,7 +53,7 @@ class Cuda:
         tensor = torch.frombuffer(mmap.mmap(-1, nbytes), dtype=torch.uint8)
         runtime = torch.cuda.cudart()
         with torch.cuda.device(self.device):
-            torch.cuda.check_error(int(runtime.cudaHostRegister(tensor.data_ptr(), nbytes, 0)))
+            torch.cuda.check_error(runtime.cudaHostRegister(tensor.data_ptr(), nbytes, 0))
         host = Host(nbytes, tensor)
         # nothing may still copy when the pages become ordinary ones
         weakref.finalize(host, _unregister, self.device, tensor).atexit = False
