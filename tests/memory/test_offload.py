@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from rewardprop_fast import lora
 from rewardprop_fast.memory import MemoryTracker
 from rewardprop_fast.memory.offload import Offloader, OffloadError
+from rewardprop_fast.memory.plan import Plan, Policy
+from rewardprop_fast.memory.policy import apply
 from rewardprop_fast.memory.recompute import recompute
 from rewardprop_fast.models.random_init import tiny_stable_diffusion
 from rewardprop_fast.nn import accelerate
@@ -382,3 +384,34 @@ def test_what_is_let_go_of_really_is() -> None:
     assert storage() is None
     loss.backward()
     assert device.violations == []
+
+
+@pytest.mark.parametrize("policy", ["offload", "recompute+offload"])
+def test_at_work_in_a_plan(policy: str) -> None:
+    """Rules of a plan send the same segments there, over two steps; the gradients are the same."""
+    pipe = tiny_stable_diffusion()
+    unet = pipe.unet.requires_grad_(False)
+    lora.inject(unet, 4, 4, "attention", seed=1)
+    parameters = list(lora.lora_parameters(unet).values())
+    accelerate(pipe)
+    latents, context = torch.randn(2, 4, 8, 8), torch.randn(2, 5, 16)
+
+    def step() -> list[Tensor]:
+        x = latents
+        for timestep in (400, 200):
+            x = x - 0.1 * unet(x, timestep, context).sample
+        return list(torch.autograd.grad(x.square().sum(), parameters))
+
+    expected = step()
+    device = double()
+    away = Offloader(device, 8 * MIB, 0, never=[unet], verify=True)
+    rules = {"transformer block": Policy(policy), "resnet": Policy.RECOMPUTE}
+    applied = apply(Plan(steps=(rules,)), unet, offloader=away)
+    try:
+        assert_same(step(), expected)
+    finally:
+        applied.remove()
+    assert away.statistics().bytes_back > 0
+    assert device.violations == []
+    assert device.device_bytes_now == 0
+    assert away.scheduler.is_idle
