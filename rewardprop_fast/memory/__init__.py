@@ -8,6 +8,7 @@ from rewardprop_fast.memory.devices import DEVICES, Device, find_device
 from rewardprop_fast.memory.fake import make_fake
 from rewardprop_fast.memory.measure import Holding, MemoryTracker
 from rewardprop_fast.memory.offload import Offloader
+from rewardprop_fast.memory.residency import Residency
 from rewardprop_fast.memory.scheduling import SegmentTimes, Simulation, Statistics, simulate
 from rewardprop_fast.memory.sizes import format_bytes, parse_bytes
 from rewardprop_fast.memory.workspace import (
@@ -26,6 +27,7 @@ __all__ = [
     "MemoryTracker",
     "Offloader",
     "Reserved",
+    "Residency",
     "SegmentTimes",
     "Simulation",
     "Statistics",

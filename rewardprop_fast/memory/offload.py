@@ -29,6 +29,9 @@ from rewardprop_fast.memory.verify import fingerprint
 
 MIB = 2**20
 
+#: Storages known at once before those that are gone are looked for; a step has some hundreds.
+_MANY = 10_000
+
 
 class Packed(Protocol):
     """Stands for a saved tensor."""
@@ -95,6 +98,7 @@ class Offloader:
         self._never = list(never)
         self._staying: dict[int, StorageWeakRef] = {}  # their storages by address
         self._known: dict[int, _Known] = {}
+        self._bytes_out = -1  # when it last looked around
 
     @contextmanager
     def segment(self, name: str) -> Iterator[None]:
@@ -106,7 +110,7 @@ class Offloader:
             with saved_tensors_hooks(_same, _same):
                 yield
             return
-        if self.scheduler.is_idle:
+        if self._is_new_step():
             self._look_around()
         self.scheduler.open(name)
         try:
@@ -176,8 +180,13 @@ class Offloader:
             return None
         return _Away(scheduler, block, part, tensor, self.verify)
 
+    def _is_new_step(self) -> bool:
+        sent = self.scheduler.counted.bytes_out != self._bytes_out
+        return (self.scheduler.is_idle and sent) or len(self._known) > _MANY
+
     def _look_around(self) -> None:
-        """Where the parameters are now; a residency may have moved them."""
+        """Where the parameters are now; somebody may have moved them between steps."""
+        self._bytes_out = self.scheduler.counted.bytes_out
         self._known = {
             address: known
             for address, known in self._known.items()

@@ -8,6 +8,7 @@ import weakref
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._subclasses import FakeTensorMode
 
 from rewardprop_fast import lora
 from rewardprop_fast.memory import MemoryTracker
@@ -179,6 +180,17 @@ def test_parameters_and_what_is_small_or_named_stay() -> None:
     assert away.statistics().bytes_out == 0
 
 
+def test_what_stays_is_looked_for_anew_in_each_step() -> None:
+    constant = torch.randn(64, 64)
+    away = offloader(least_bytes=64 * 64 * 4, never=[constant])
+    x = torch.randn(64, 64, requires_grad=True)
+    for steps in (1, 2, 3):
+        with away.segment("one"):
+            (x.exp() @ constant.detach().t()).sum().backward()
+        assert away.statistics().bytes_out == steps * 64 * 64 * 4  # exp's result alone
+        constant.data = constant.clone()
+
+
 def test_what_does_not_fit_stays_and_is_counted() -> None:
     weights = [torch.randn(64, 64) / 8 for _ in range(4)]
     x = torch.randn(64, 64, requires_grad=True)
@@ -289,6 +301,20 @@ def test_a_value_overwritten_while_it_is_saved_is_an_error() -> None:
         away.reset()
 
 
+def test_a_value_overwritten_before_its_memory_was_let_go_of_is_an_error() -> None:
+    """The copy may have read either value; the same values here, so that nothing else tells."""
+    x = torch.randn(16, requires_grad=True)
+    away = offloader()
+    with away.segment("one"):
+        y = x.exp()
+        loss = y.sum()
+    with torch.no_grad():
+        y.mul_(1)
+    away.flush()
+    with pytest.raises(OffloadError, match="modified in place"):
+        loss.backward()
+
+
 def test_values_before_and_after_a_change_are_two() -> None:
     x = torch.randn(16, requires_grad=True)
     away = offloader(stash=0)
@@ -356,6 +382,21 @@ def test_verify_names_what_changed() -> None:
     memory[5] += 1
     with pytest.raises(OffloadError, match=r"\(16, 3\) of the segment 'the one'.*other values"):
         loss.backward()
+
+
+def test_on_fake_tensors() -> None:
+    """A double without values counts what a run would hold, at no cost."""
+    with FakeTensorMode():
+        weights = [torch.empty(512, 512) for _ in range(5)]
+        x = torch.empty(512, 512, requires_grad=True)
+        device = double(values=False)
+        away = Offloader(device, 8 * MIB, never=weights)
+        with MemoryTracker() as tracker:
+            chain(x, weights, away).backward()
+    assert away.statistics().bytes_out == 10 * MIB - 2 * MIB  # as much as the slab takes
+    assert away.statistics().stayed_bytes == 2 * MIB
+    assert 8 * MIB < tracker.peak_bytes < 16 * MIB
+    assert device.device_bytes_now == 0
 
 
 def test_flush_frees_what_the_stash_holds() -> None:
