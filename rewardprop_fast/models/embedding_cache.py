@@ -95,8 +95,7 @@ def identity_of_encoders(pipe: Any) -> str:
                 "length": tokenizer.model_max_length,
             }
             digest.update(json.dumps(facts, sort_keys=True, default=str).encode())
-            backend = getattr(tokenizer, "backend_tokenizer", None)
-            digest.update(b"" if backend is None else backend.to_str().encode())
+            digest.update(_rules(tokenizer).encode())
     facts = {
         "pipeline": type(pipe).__name__,
         "config": {key: str(value) for key, value in pipe.config.items()},
@@ -106,6 +105,15 @@ def identity_of_encoders(pipe: Any) -> str:
     }
     digest.update(json.dumps(facts, sort_keys=True).encode())
     return digest.hexdigest()
+
+
+def _rules(tokenizer: Any) -> str:
+    """How a fast tokenizer splits text; the last call's padding is no part of that."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        return ""
+    rules = json.loads(backend.to_str())
+    return json.dumps({**rules, "padding": None, "truncation": None}, sort_keys=True)
 
 
 def key_of(identity: str, prompt: str, negative: str | None, size: Any, guided: bool) -> str:

@@ -91,6 +91,8 @@ def test_everything_that_decides_is_in_the_key(tmp_path, monkeypatch, change):
 def test_the_same_weights_have_one_identity():
     one, other = tiny_stable_diffusion(), tiny_stable_diffusion()
     assert identity_of_encoders(one) == identity_of_encoders(other)
+    PromptEncoder(one, 16, 16)(TEXTS)
+    assert identity_of_encoders(one) == identity_of_encoders(other)  # used or not
     assert identity_of_encoders(one) != identity_of_encoders(tiny_stable_diffusion(seed=1))
 
 
