@@ -226,7 +226,7 @@ class Scheduler:
             self._inside = False
 
     def _end(self, part: Part) -> None:
-        if part.blocks:
+        if part.is_wanted():  # its backward pass may have been run within it
             self.parts.append(part)
             self._leaving.append(part)
         while self._leaving and (len(self._leaving) > self.stash or self._left(self._leaving[0])):
