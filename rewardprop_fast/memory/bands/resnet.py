@@ -175,6 +175,7 @@ def _gradient(
     for band in bands(height, rows):
         seen = widened(*band, height)
         grad = torch.cat((above, dz2[:, :, band[0] : seen[1]]), dim=2)
+        # Copied, for a part of it would keep all of it.
         above = grad[:, :, band[1] - 1 - seen[0] : band[1] - seen[0]].clone()
         dh = norm2.input_gradient(hidden(*seen), grad)
         grad = inner(convolution_backward(dh, conv1.weight), band, seen)
