@@ -139,6 +139,8 @@ def main() -> None:
             rows += rows_of(case, network, dtype, arguments)
             progress.advance(task)
     if arguments.keep:
+        before = json.loads(arguments.output.with_suffix(".json").read_text())
+        arguments.rounds = min(arguments.rounds, before["rounds"])  # of each row at least
         rows = [*others(rows, arguments.output), *rows]
     write(rows, arguments)
     show(totals(rows), console)

@@ -314,7 +314,9 @@ def test_an_empty_batch_is_no_error() -> None:
         ({4: torch.zeros(2, 4, 5, 7).double()}, r"noise is .* torch.float64; it must be like"),
         ({1: torch.zeros(2, 4, 5, 7).half()}, r"latents have dtype torch.float16; allowed are"),
         ({0: torch.zeros(4, 4, 5, 7).int()}, r"model_output have dtype torch.int32; allowed are"),
+        ({0: torch.zeros(4, 4, 5, 7, device="meta")}, r"model_output is on meta, latents on cpu"),
         ({2: torch.zeros(3, device="meta")}, r"coefficients is on meta, latents on cpu"),
+        ({4: torch.zeros(2, 4, 5, 7, device="meta")}, r"noise is on meta, latents on cpu"),
     ],
 )
 def test_what_does_not_fit_is_refused_in_words(change: dict[int, object], message: str) -> None:
