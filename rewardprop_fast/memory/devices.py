@@ -170,8 +170,8 @@ def find_device(name: str) -> Device:
     by_plain_name = {_plain(known): device for known, device in DEVICES.items()}
     if wanted in by_plain_name:
         return by_plain_name[wanted]
-    same_start = [plain for plain in by_plain_name if wanted and plain.startswith(wanted)]
-    similar = same_start or difflib.get_close_matches(wanted, by_plain_name, n=3, cutoff=0.6)
+    containing = [plain for plain in by_plain_name if wanted and wanted in plain]
+    similar = containing or difflib.get_close_matches(wanted, by_plain_name, n=3, cutoff=0.6)
     nearest = ", ".join(by_plain_name[plain].name for plain in similar)
     hint = f" Nearest: {nearest}." if nearest else ""
     raise ValueError(f"Unknown device {name!r}.{hint} Known: {', '.join(DEVICES)}, cpu.")

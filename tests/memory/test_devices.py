@@ -93,6 +93,7 @@ def test_names_as_people_write_them(written: str, name: str) -> None:
         ("a100", "Nearest: a100-40gb, a100-80gb. Known"),
         ("rtx3080", "Nearest: rtx3080-10gb. Known"),
         ("rtx 3091", "rtx3090"),
+        ("4090", "Nearest: rtx4090. Known"),
         ("gtx4090", "Nearest: rtx4090"),
         ("", "'' *. Known"),
         ("abacus", "'abacus'. Known"),
