@@ -5,13 +5,22 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from rewardprop_fast.cli import doctor, export, presets, quickstart, sample, settings, train
+from rewardprop_fast.cli import (
+    doctor,
+    export,
+    plan,
+    presets,
+    quickstart,
+    sample,
+    settings,
+    train,
+)
 from rewardprop_fast.cli.guard import USAGE, guarded
 from rewardprop_fast.cli.parsing import Parser, overrides_of
 from rewardprop_fast.cli.threads import wait_asleep
 from rewardprop_fast.version import __version__
 
-_VERBS = (quickstart, train, sample, export, presets, settings, doctor)
+_VERBS = (quickstart, plan, train, sample, export, presets, settings, doctor)
 
 _DESCRIPTION = """\
 Fine-tune a diffusion model towards a reward, by back-propagating the reward

@@ -20,7 +20,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 #: Phase outside any `MemoryTracker.phase` block.
 NO_PHASE = ""
@@ -76,6 +75,8 @@ class MemoryTracker(TorchDispatchMode):
         self._log: list[int] = []  # i: the i-th became alive, ~i: it was freed
         self._peak_at = 0  # length of the log at the peak
         self._alive: dict[int, int] = {}  # address of the storage object -> index of its holding
+        self._deaths: dict[int, weakref.ref[Any]] = {}  # index -> what tells of its end
+        self._operators: dict[Any, str] = {}  # operation -> its name
         self._phase = NO_PHASE
         self._modules: list[str] = []
         self._hooks: list[Any] = []
@@ -91,13 +92,24 @@ class MemoryTracker(TorchDispatchMode):
             self._phase = outer
             self._note_peak()
 
-    def count(self, tensors: nn.Module | Iterable[Tensor]) -> int:
-        """Count what is there already, a module's weights say; returns the bytes that were new."""
+    @property
+    def current_phase(self) -> str:
+        """Name of the innermost `phase` block around what runs now."""
+        return self._phase
+
+    def count(self, tensors: nn.Module | Iterable[Tensor], holder: str = "") -> int:
+        """Count what is there already, a module's weights say; returns the bytes that were new.
+
+        Args:
+            holder: what `Holding.module` will be.
+        """
         if isinstance(tensors, nn.Module):
             tensors = [*tensors.parameters(), *tensors.buffers()]
         before = self.live_bytes
+        self._modules.append(holder)
         for tensor in tensors:
             self._see(tensor, "given")
+        self._modules.pop()
         return self.live_bytes - before
 
     def lap(self) -> int:
@@ -154,20 +166,25 @@ class MemoryTracker(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        for leaf in tree_leaves((args, kwargs)):
-            if isinstance(leaf, Tensor):
-                self._see(leaf, "given")
+        if func.namespace == "prim":  # a fake tensor is asked for its device, most often of all
+            return func(*args, **kwargs)
+        for tensor in _tensors(args):
+            self._see(tensor, "given")
+        for tensor in _tensors(kwargs.values()):
+            self._see(tensor, "given")
         output = func(*args, **kwargs)
-        operator = str(func).removesuffix(".default")
-        for leaf in tree_leaves(output):
-            if isinstance(leaf, Tensor):
-                self._see(leaf, operator)
+        operator = self._operators.get(func)
+        if operator is None:
+            operator = self._operators[func] = str(func).removesuffix(".default")
+        for tensor in _tensors((output,)):
+            self._see(tensor, operator)
         if self._watch is not None:
             self._watch(func, args, kwargs, output)
         return output
 
     def _see(self, tensor: Tensor, operator: str) -> None:
-        if self._device_type not in (None, tensor.device.type):
+        # a fake tensor's device is another operation: not asked for where all devices count
+        if self._device_type is not None and self._device_type != tensor.device.type:
             return
         if tensor.layout != torch.strided:  # oneDNN's packed layouts show no storage
             return
@@ -181,11 +198,12 @@ class MemoryTracker(TorchDispatchMode):
         self._holdings.append(Holding(nbytes, self._phase, where, operator, shape, tensor.dtype))
         self._alive[address] = index
         self._log.append(index)
-        weakref.finalize(storage, self._freed, address, index).atexit = False
+        self._deaths[index] = weakref.ref(storage, lambda _: self._freed(address, index))
         self.live_bytes += nbytes
         self._note_peak()
 
     def _freed(self, address: int, index: int) -> None:
+        del self._deaths[index]
         if self._alive.get(address) == index:
             del self._alive[address]
             self._log.append(~index)
@@ -205,6 +223,17 @@ class MemoryTracker(TorchDispatchMode):
     def _leave_module(self, module: nn.Module, *_: Any) -> None:
         if self._modules:
             self._modules.pop()
+
+
+def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
+    """Those among an operation's arguments or results, in lists and mappings too."""
+    for value in values:
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, (list, tuple)):
+            yield from _tensors(value)
+        elif isinstance(value, dict):
+            yield from _tensors(value.values())
 
 
 def _largest_first(holdings: Iterable[Holding]) -> list[Holding]:

@@ -9,8 +9,9 @@ residency of weights are few, and are gone through one by one.
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import pairwise
 from typing import Literal
 
@@ -78,6 +79,9 @@ class Planned:
         peak: bytes; by_phase: the peak within each phase.
         offloaded: bytes a step that go to host memory.
         modes: (step, kind, mode) -> number of units, for people.
+        at_peak: kind of unit -> bytes that units of this kind hold at the peak; "" is all the rest.
+        timeline: gives (phase, most bytes, seconds) of every interval in the order they run, of the
+            steps without gradients those that the profile has.
     """
 
     plan: Plan
@@ -87,6 +91,8 @@ class Planned:
     by_phase: dict[str, int]
     offloaded: int
     modes: dict[tuple[str, str, str], int] = field(default_factory=dict)
+    at_peak: dict[str, int] = field(default_factory=dict)
+    timeline: Callable[[], list[tuple[str, int, float]]] = list
 
 
 class BudgetError(ConfigError):
@@ -336,7 +342,7 @@ class _Problem:
                 self._add(terms, -1, [u for u in self.tail if u < interval.opened], 1)
         else:
             if not alone:
-                self._add_steps(terms, group, len(self.groups[group]) - 1)
+                self._add_steps(terms, group, (step or 0) - self.groups[group].start)
             own = [u for u in self.of_step[min(step or 0, 1)] if u < interval.opened]
             if not forgets:
                 self._add(terms, group, own, 1)
@@ -371,6 +377,64 @@ class _Problem:
         if phase in ("decode", "reward", "decode_backward"):
             return weights["unet"]
         return weights["vae"] + weights["reward"]
+
+    # --- what was chosen ---
+
+    def timeline(self, chosen: Collection[int]) -> list[tuple[str, int, float]]:
+        """(phase, most bytes, seconds) of every interval of the whole step, in order."""
+        return [
+            (row.phase, self._total(row, chosen), self._seconds(interval, place, chosen))
+            for interval, place, row in self._in_order()
+        ]
+
+    def _in_order(self) -> Iterator[tuple[Interval, int, _Row]]:
+        """Every interval as it runs, where its unit's choice is, and its bytes."""
+        forward: dict[int, list[Interval]] = defaultdict(list)
+        backward: dict[int, list[Interval]] = defaultdict(list)
+        for interval in self.profile.intervals:
+            if interval.phase:
+                behind = interval.phase == "backward"
+                (backward if behind else forward)[interval.step].append(interval)
+        group_of = {step: number for number, group in enumerate(self.groups) for step in group}
+        for interval in forward[BEFORE]:
+            yield interval, -1, self._row(interval, 0, None, None)
+        for step, group in group_of.items():
+            for interval in forward[min(step, 1)]:
+                # what lies between the last step and the decoder's first unit counts to that step
+                if interval.phase == "suffix" or step == self.k - 1:
+                    yield interval, group, next(self._rows_of_step(interval, group, step))
+        for interval in forward[BEHIND] + backward[BEHIND]:
+            yield interval, -1, self._row(interval, self._shift(self.k), None, None)
+        for step, group in reversed(group_of.items()):
+            if step < self.whole:  # forward again
+                for interval in (i for i in forward[min(step, 1)] if i.phase == "suffix"):
+                    yield interval, group, [*self._rows_of_step(interval, group, step)][-1]
+            for interval in backward[min(step, 1)]:
+                yield interval, group, next(self._rows_of_step(interval, group, step))
+
+    def _seconds(self, interval: Interval, place: int, chosen: Collection[int]) -> float:
+        if interval.unit < 0:
+            return interval.seconds
+        modes = self.choice[place, interval.unit].items()
+        numbers = self._numbers(interval.unit, next(m for m, v in modes if v in chosen))
+        return numbers.backward_seconds if interval.is_backward else numbers.forward_seconds
+
+    @staticmethod
+    def _total(row: _Row, chosen: Collection[int]) -> int:
+        return row.constant + sum(b for v, b in row.terms.items() if v in chosen)
+
+    def _holders(self, row: _Row, chosen: Collection[int]) -> dict[str, int]:
+        """What units of each kind hold in an interval; "" is all the rest."""
+        kinds = {
+            variable: self.profile.units[unit].kind
+            for (_, unit), modes in self.choice.items()
+            for variable in modes.values()
+        }
+        found = Counter({"": row.constant})
+        for variable, nbytes in row.terms.items():
+            if variable in chosen:
+                found[kinds[variable]] += nbytes
+        return dict(found.most_common())
 
     # --- solving ---
 
@@ -462,7 +526,7 @@ class _Problem:
     def _peaks(self, chosen: set[int]) -> tuple[int, dict[str, int]]:
         by_phase: dict[str, int] = {}
         for row in self.rows:
-            total = row.constant + sum(b for v, b in row.terms.items() if v in chosen)
+            total = self._total(row, chosen)
             by_phase[row.phase] = max(total, by_phase.get(row.phase, 0))
         by_phase.pop("", None)
         return max(by_phase.values()), by_phase
@@ -489,8 +553,18 @@ class _Problem:
             self.residency,
             self.limits.budget,
         )
-        moved = sum(self.moved[variable] for variable in chosen)
-        return Planned(plan, seconds, self._base_seconds(), peak, by_phase, moved, dict(modes))
+        highest = max(self.rows, key=lambda row: self._total(row, chosen))
+        return Planned(
+            plan,
+            seconds,
+            self._base_seconds(),
+            peak,
+            by_phase,
+            sum(self.moved[variable] for variable in chosen),
+            dict(modes),
+            self._holders(highest, chosen),
+            partial(self.timeline, chosen),
+        )
 
     def _names(self, group: int, units: Sequence[int], chosen: set[int]) -> dict[Unit, str]:
         return {

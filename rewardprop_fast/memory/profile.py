@@ -113,6 +113,7 @@ class Interval:
         opened: units 0..opened-1 have run forward and not yet backward (beside the running one).
         skeleton: bytes alive at its start, without what units keep.
         extra: most bytes beside that, for stretches without a unit.
+        seconds: modelled, everything kept.
     """
 
     phase: str
@@ -122,6 +123,7 @@ class Interval:
     opened: int
     skeleton: int
     extra: int
+    seconds: float = 0.0
 
 
 @dataclass
@@ -136,6 +138,8 @@ class Profile:
         prefix_seconds: of one UNet call without gradients.
         weights: bytes of the frozen weights of "unet", "vae" and "reward".
         trained: bytes of the trained parameters, and so of their gradients.
+        resident: bytes alive all the time, weights included.
+        workspace: most bytes that an operation of the library uses for itself, if it was asked.
     """
 
     gradient_steps: int
@@ -147,6 +151,8 @@ class Profile:
     prefix_seconds: float = 0.0
     weights: dict[str, int] = field(default_factory=dict)
     trained: int = 0
+    resident: int = 0
+    workspace: int = 0
 
 
 #: Seconds of an operation from (operation, arguments, keywords, output).
@@ -182,6 +188,7 @@ def profile(
     found = Profile(shown)
     parts = {"unet": networks.unet, "vae": networks.vae, "reward": networks.reward}
     found.weights = {name: _frozen_bytes(part) for name, part in parts.items()}
+    found.resident = _bytes_of(resident)
     found.trained = _bytes_of([p for p in networks.unet.parameters() if p.requires_grad])
     first = _Run(networks, {}, clock)
     first.go(step, shown, 1, resident)
@@ -370,6 +377,7 @@ class _Run:
                     opened,
                     before.live - held - own,
                     mark.peak - before.live,
+                    mark.seconds - before.seconds,
                 )
             )
         found.seconds = dict(self.by_phase)

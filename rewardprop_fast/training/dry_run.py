@@ -29,7 +29,7 @@ from rewardprop_fast.training.config import TrainConfig
 from rewardprop_fast.training.engine import Engine, negative_mean
 
 #: Steps without gradient that a dry run takes: a second one finds what the first has left.
-_PREFIX = 2
+PREFIX = 2
 
 _TOKENS = 77
 
@@ -107,7 +107,7 @@ class DryRun:
         trained = [p for p in unet.parameters() if p.requires_grad]
         return cls(mode, engine, config, trained)
 
-    def step(self, gradient_steps: int | None = None, prefix: int = _PREFIX) -> None:
+    def step(self, gradient_steps: int | None = None, prefix: int = PREFIX) -> None:
         """Run it once; the gradients are gone afterwards.
 
         Args:
@@ -161,7 +161,7 @@ def shortened(config: TrainConfig) -> TrainConfig:
         k = steps if method.k_max is None or method.trl_compat else method.k_max
         method = DRaFT(k)
     k = gradient_steps_of(replace(config, method=method))
-    short = min(steps, k + _PREFIX)
+    short = min(steps, k + PREFIX)
     if isinstance(method, DRaFT):
         method = DRaFT(k)
     return replace(config, method=method, sampling=replace(config.sampling, steps=short))

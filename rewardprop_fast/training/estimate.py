@@ -5,8 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from typing import Any
 
-from rewardprop_fast.memory import MemoryTracker, policy
+from torch import nn
+
+from rewardprop_fast.memory import MemoryTracker, Workspaces, policy
 from rewardprop_fast.memory.cost import CostCounter
 from rewardprop_fast.memory.devices import Device
 from rewardprop_fast.memory.measure import Holding
@@ -14,7 +17,25 @@ from rewardprop_fast.memory.plan import Plan
 from rewardprop_fast.memory.planner import Limits, Planned, make_plan
 from rewardprop_fast.memory.profile import Networks, Profile, profile
 from rewardprop_fast.methods import DRaFTLV
-from rewardprop_fast.training.dry_run import DryRun, gradient_steps_of
+from rewardprop_fast.training.dry_run import PREFIX, DryRun, gradient_steps_of
+
+#: Name under which `Estimate.holdings` lists the trained parameters and the optimizer's state.
+TRAINED = "trained"
+
+
+@dataclass(frozen=True)
+class Moment:
+    """The end of one operation: what is alive before its inputs are let go of.
+
+    Attributes:
+        seconds: modelled, since the step's beginning.
+        nbytes: alive.
+        phase: of the step.
+    """
+
+    seconds: float
+    nbytes: int
+    phase: str
 
 
 @dataclass(frozen=True)
@@ -24,10 +45,12 @@ class Estimate:
     Attributes:
         peak: bytes alive at once, at most; by_phase: the same within each phase.
         resident: bytes alive all the time.
-        holdings: what was alive at the peak, the largest first.
-        log: sizes in the order of births (positive) and deaths (negative), bytes.
-        phases: length of the log at the beginning of each phase, in order.
-        seconds: modelled.
+        holdings: what was alive at the peak, the largest first. `Holding.module` begins with the
+            network, "unet", "vae" or "reward"; of parameters it is the network alone, or `TRAINED`.
+        seconds: modelled, of the steps that were run.
+        moments: bytes over the step, one entry an operation.
+        events: for `memory.replay`.
+        workspace: most bytes that an operation of the library uses for itself, on ``device``.
     """
 
     peak: int
@@ -35,54 +58,87 @@ class Estimate:
     resident: int
     holdings: list[Holding]
     seconds: float
+    moments: list[Moment]
+    events: list[tuple[int, int]]
+    workspace: int
 
 
 def estimate(
-    dry: DryRun, plan: Plan, device: Device, gradient_steps: int | None = None
+    dry: DryRun, plan: Plan, device: Device, gradient_steps: int | None = None, prefix: int = PREFIX
 ) -> Estimate:
     """Run a step on fake tensors under ``plan``: the bytes are those of the real step.
 
     Args:
         gradient_steps: run so many of the K steps; None is all.
+        prefix: run so many UNet calls without gradients at most; two already find what the first
+            has left.
     """
     engine, pipe = dry.engine, dry.engine.pipe
+    networks = {"unet": pipe.unet, "vae": pipe.vae, "reward": engine.reward}
+    modules = {name: part for name, part in networks.items() if isinstance(part, nn.Module)}
     counter = CostCounter()
-    tracker = MemoryTracker(pipe.unet, watch=counter.see)
+    workspaces = _workspaces(device)
+    moments: list[Moment] = []
+    seconds = 0.0
+
+    def see(func: Any, args: Any, kwargs: Any, output: Any) -> None:
+        nonlocal seconds
+        seconds += device.seconds(counter.see(func, args, kwargs, output))
+        workspaces.see(func, args, kwargs)
+        moments.append(Moment(seconds, tracker.live_bytes, tracker.current_phase))
+
+    tracker = MemoryTracker(nn.ModuleDict(modules), watch=see)
     held = dry.resident()  # by this name too: the optimizer's state is nowhere else
-    resident = tracker.count(held)
+    tracker.count(dry.trained, TRAINED)
+    for name, module in modules.items():
+        tracker.count(module, name)
+    tracker.count(held, TRAINED)
+    resident = tracker.live_bytes
     applied = policy.apply(plan, pipe.unet, pipe.vae, engine.reward)
     engine.watch = tracker.phase
     try:
         with tracker:
-            dry.step(gradient_steps)
+            dry.step(gradient_steps, prefix)
     finally:
         applied.remove()
-    by_phase = {name: peak for name, peak in tracker.peak_by_phase.items() if name}
     return Estimate(
         tracker.peak_bytes,
-        by_phase,
+        {name: peak for name, peak in tracker.peak_by_phase.items() if name},
         resident,
         tracker.alive_at_peak(),
-        device.total_seconds(counter.costs),
+        seconds,
+        moments,
+        tracker.events(),
+        workspaces.peak,
     )
 
 
 def make_profile(dry: DryRun, device: Device) -> Profile:
     """What every part of the step costs in bytes and, on ``device``, seconds."""
     engine = dry.engine
-    counter = CostCounter()
+    counter, workspaces = CostCounter(), _workspaces(device)
+
+    def seconds(func: Any, args: Any, kwargs: Any, output: Any) -> float:
+        workspaces.see(func, args, kwargs)
+        return device.seconds(counter.see(func, args, kwargs, output))
 
     def step(k: int, prefix: int, watch: Callable[[str], AbstractContextManager[None]]) -> None:
         engine.watch = watch
         dry.step(k, prefix)
 
-    return profile(
+    found = profile(
         Networks(engine.pipe.unet, engine.pipe.vae, engine.reward),
         step,
         dry.resident(),
         gradient_steps_of(dry.config),
-        lambda *operation: device.seconds(counter.see(*operation)),
+        seconds,
     )
+    found.workspace = workspaces.peak
+    return found
+
+
+def _workspaces(device: Device) -> Workspaces:
+    return Workspaces((device.arch // 10, device.arch % 10)) if device.arch else Workspaces()
 
 
 def plan_for(dry: DryRun, profiled: Profile, limits: Limits) -> Planned:
