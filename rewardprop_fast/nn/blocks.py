@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from diffusers.models.activations import GEGLU
-from diffusers.models.attention import BasicTransformerBlock
+from diffusers.models.attention import BasicTransformerBlock, FeedForward
 from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
@@ -187,15 +187,44 @@ class FastBasicTransformerBlock(BasicTransformerBlock):
 
     def self_attention(self, hidden_states: Tensor, context: Tensor | None) -> Tensor:
         """(B, L, C) -> (B, L, C); context (B, M, D) where the block attends to nothing else."""
-        return self.attn1(self.norm1(hidden_states), context) + hidden_states
+        return _attend(self.attn1, self.norm1, hidden_states, context) + hidden_states
 
     def cross_attention(self, hidden_states: Tensor, context: Tensor | None) -> Tensor:
         """(B, L, C), context (B, M, D) -> (B, L, C)."""
-        return self.attn2(self.norm2(hidden_states), context) + hidden_states
+        return _attend(self.attn2, self.norm2, hidden_states, context) + hidden_states
 
     def feed_forward(self, hidden_states: Tensor) -> Tensor:
         """(B, L, C) -> (B, L, C)."""
-        return self.ff(self.norm3(hidden_states)) + hidden_states
+        return _feed(self.ff, self.norm3, hidden_states) + hidden_states
+
+
+def _attend(attention: Any, norm: Any, x: Tensor, context: Tensor | None) -> Tensor:
+    """attention(norm(x), context); ours normalises itself, since it need not keep norm(x) then."""
+    if (
+        type(attention) is FastAttention
+        and "forward" not in vars(attention)
+        and not has_hooks(attention)
+    ):
+        return attention(x, context, norm=norm)
+    output: Tensor = attention(norm(x), context)
+    return output
+
+
+def _feed(feed_forward: Any, norm: Any, x: Tensor) -> Tensor:
+    """feed_forward(norm(x)); our GEGLU normalises itself, as attention does."""
+    first, *rest = feed_forward.net
+    if (
+        type(feed_forward) is FeedForward
+        and type(first) is FastGEGLU
+        and not any("forward" in vars(module) for module in (feed_forward, first))
+        and not has_hooks(feed_forward, first)
+    ):
+        x = first(x, norm=norm)
+        for layer in rest:
+            x = layer(x)
+        return x
+    output: Tensor = feed_forward(norm(x))
+    return output
 
 
 class FastAttention(Attention):
@@ -222,8 +251,13 @@ class FastAttention(Attention):
         hidden_states: Tensor,
         encoder_hidden_states: Tensor | None = None,
         attention_mask: Tensor | None = None,
+        *,
+        norm: nn.LayerNorm | None = None,
         **cross_attention_kwargs: Any,
     ) -> Tensor:
+        """As the original's; with a ``norm``, on norm(hidden_states)."""
+        if norm is not None and (self.residual_connection or self.group_norm is not None):
+            hidden_states, norm = norm(hidden_states), None
         if (
             type(self.processor) is not AttnProcessor2_0
             or attention_mask is not None
@@ -231,6 +265,8 @@ class FastAttention(Attention):
             or cross_attention_kwargs.keys() - {"temb"}
             or not is_plain(hidden_states)
         ):
+            if norm is not None:
+                hidden_states = norm(hidden_states)
             return super().forward(
                 hidden_states, encoder_hidden_states, attention_mask, **cross_attention_kwargs
             )
@@ -240,9 +276,9 @@ class FastAttention(Attention):
         if self.group_norm is not None:
             hidden_states = self.group_norm(hidden_states.transpose(1, 2)).transpose(1, 2)
         if encoder_hidden_states is None:
-            query, key, value = linears((self.to_q, self.to_k, self.to_v), hidden_states)
+            query, key, value = linears((self.to_q, self.to_k, self.to_v), hidden_states, norm)
         else:
-            query = self.to_q(hidden_states)
+            (query,) = linears((self.to_q,), hidden_states, norm)
             key, value = linears((self.to_k, self.to_v), encoder_hidden_states)
         heads = (
             tensor.unflatten(-1, (self.heads, -1)).transpose(1, 2) for tensor in (query, key, value)
@@ -260,7 +296,12 @@ class FastAttention(Attention):
 class FastGEGLU(GEGLU):
     """The gate's activation and the product in one pass that keeps the packed input alone."""
 
-    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def forward(
+        self, hidden_states: Tensor, *args: Any, norm: nn.LayerNorm | None = None, **kwargs: Any
+    ) -> Tensor:
+        """As the original's; with a ``norm``, on norm(hidden_states)."""
         if args or kwargs or not is_plain(hidden_states):
+            if norm is not None:
+                hidden_states = norm(hidden_states)
             return super().forward(hidden_states, *args, **kwargs)
-        return ops.geglu(self.proj(hidden_states))
+        return ops.geglu(*linears((self.proj,), hidden_states, norm))

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -51,22 +52,52 @@ class Adapted:
     scale: float
 
 
-def linears(layers: Sequence[Any], x: Tensor) -> tuple[Tensor, ...]:
-    """The outputs of several layers on one x: LoRA layers in one call, others one by one."""
+def linears(
+    layers: Sequence[Any], x: Tensor, norm: nn.LayerNorm | None = None
+) -> tuple[Tensor, ...]:
+    """The outputs of several layers on one x: LoRA layers in one call, others one by one.
+
+    With a ``norm`` they are on norm(x), of which LoRA layers keep x alone.
+    """
     found = [
         adapted(layer, x) if isinstance(layer, FastLoraLinear) and not has_hooks(layer) else None
         for layer in layers
     ]
     together = [layer for layer in found if layer is not None]
+    if norm is not None and (len(together) < len(layers) or not _is_made_again(norm, x)):
+        x, norm = norm(x), None
     if len(together) < len(layers):
         return tuple(layer(x) for layer in layers)
-    return ops.lora_linears(
+    run = ops.lora_linears if norm is None else partial(_on_norm, norm)
+    return run(
         x,
         [layer.weight for layer in together],
         [layer.bias for layer in together],
         [layer.lora_a for layer in together],
         [layer.lora_b for layer in together],
         [layer.scale for layer in together],
+    )
+
+
+def _on_norm(norm: nn.LayerNorm, x: Tensor, *layers: Any) -> tuple[Tensor, ...]:
+    return ops.layer_norm_lora_linears(x, norm.weight, norm.bias, norm.eps, *layers)
+
+
+def _is_made_again(norm: nn.LayerNorm, x: Tensor) -> bool:
+    """Whether calling it is no more than normalising rows of x, with weights that are not trained.
+
+    And whether that is of use, where a gradient is asked for.
+    """
+    weight: Any = norm.weight  # typed Any by torch's stubs: None without affine parameters
+    bias: Any = norm.bias
+    return (
+        torch.is_grad_enabled()
+        and type(norm) is nn.LayerNorm
+        and norm.normalized_shape == x.shape[-1:]
+        and "forward" not in vars(norm)
+        and not has_hooks(norm)
+        and is_frozen(weight, bias)
+        and is_plain(x, weight, bias)
     )
 
 

@@ -12,7 +12,12 @@ from rewardprop_fast.ops.frozen_upsample_conv2d import (
 from rewardprop_fast.ops.geglu import GEGLU, geglu
 from rewardprop_fast.ops.group_norm_silu import GROUP_NORM_SILU, group_norm
 from rewardprop_fast.ops.guided_ddim_step import GUIDED_DDIM_STEP, guided_ddim_step
-from rewardprop_fast.ops.lora_linear import LORA_LINEAR, lora_linear, lora_linears
+from rewardprop_fast.ops.lora_linear import (
+    LORA_LINEAR,
+    layer_norm_lora_linears,
+    lora_linear,
+    lora_linears,
+)
 from rewardprop_fast.ops.packing import drop_packs, packed_bytes
 from rewardprop_fast.ops.registry import Operator, backend, explain
 
@@ -44,6 +49,7 @@ __all__ = [
     "geglu",
     "group_norm",
     "guided_ddim_step",
+    "layer_norm_lora_linears",
     "lora_linear",
     "lora_linears",
     "packed_bytes",

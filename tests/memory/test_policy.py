@@ -45,6 +45,7 @@ PLANS = {
     "reward block": Plan(reward=REWARD),
     "nested": Plan((NESTED,), DECODE, REWARD),
     "by step": Plan((NESTED, {"feed-forward": R}, {}), DECODE),
+    "whole steps": Plan(({"resnet": R}, {"step": R, "feed-forward": R}, {"step": R, **BLOCKS})),
     "by name": Plan(({"unet.*": R, "unet.mid_block.*": KEEP},), {"*.resnets.0": R}),
 }
 
@@ -133,7 +134,7 @@ def plainly() -> Callable[..., tuple[Any, Any, list[Tensor]]]:
 
 @pytest.mark.parametrize("name", PLANS)
 def test_every_kind_of_segment_and_several_within_each_other(plainly: Any, name: str) -> None:
-    method = DRaFT(STEPS) if name in ("step", "nested", "by step") else DRaFT(1)
+    method = DRaFT(STEPS) if name in ("step", "nested", "whole steps") else DRaFT(1)
     pipe, reward, expected = plainly(method)
     assert sum(gradient.abs().max() > 0 for gradient in expected[2:-1]) == len(trained(pipe))
     with at_work(Plan.from_json(PLANS[name].to_json()), pipe, reward):

@@ -242,7 +242,7 @@ def test_the_wish_for_a_backend_is_the_one_at_the_call(monkeypatch: pytest.Monke
 
     def function(x: Tensor) -> Tensor:
         wishes.append(registry.current().name)
-        return ops.geglu(x)
+        return ops.geglu(x).exp()  # its gradient is asked for first, under no wish of its own
 
     x = torch.randn(2, 8, requires_grad=True)
     with ops.backend("reference"):
@@ -474,3 +474,12 @@ def test_an_exception_leaves_generators_hooks_and_wishes_in_order(
     expected = run()
     if second:  # the graph of the run that was interrupted is whole
         assert torch.equal(torch.autograd.grad(outcome[0].sum(), x)[0], expected)
+
+
+def test_with_retain_graph_nothing_made_again_is_kept() -> None:
+    x = floats(4).requires_grad_()
+    with MemoryTracker() as tracker:
+        y = recompute(chain, x)
+        (gradient,) = torch.autograd.grad(y, x, torch.ones_like(y), retain_graph=True)
+        assert gradient.shape == x.shape
+        assert tracker.live_bytes == 3 * 4 * KIB  # x, y and the gradient

@@ -141,3 +141,11 @@ def test_an_inner_call_is_named_not_the_one_around_it() -> None:
         model[0].weight.mul_(2)
     with pytest.raises(DivergenceError, match=r"The segment 'inner'"):
         y.sum().backward()
+
+
+def test_two_that_watch_do_not_see_each_other() -> None:
+    x = torch.randn(3, 4)
+    with traced() as outer, traced() as inner:
+        x.t().exp()  # in strides that hashing has to copy
+    assert [name for name, _ in outer.operations] == ["aten.exp"]
+    assert outer.operations == inner.operations

@@ -21,7 +21,7 @@ from tests.ops import oracle
 
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """How many layers each call of `ops.lora_linears` took."""
+    """How many layers each call of an operator for LoRA layers took."""
     found: list[int] = []
 
     def spy(original: Callable[..., Any], several: bool) -> Callable[..., Any]:
@@ -31,6 +31,13 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
         return run
 
+    normed = ops.layer_norm_lora_linears
+
+    def normed_spy(x: Tensor, weight: Any, bias: Any, eps: float, weights: Any, *args: Any) -> Any:
+        found.append(len(weights))
+        return normed(x, weight, bias, eps, weights, *args)
+
+    monkeypatch.setattr(ops, "layer_norm_lora_linears", normed_spy)
     monkeypatch.setattr(ops, "lora_linears", spy(ops.lora_linears, True))
     monkeypatch.setattr(ops, "lora_linear", spy(ops.lora_linear, False))
     return found

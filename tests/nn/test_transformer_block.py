@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers.models.attention import BasicTransformerBlock
+from diffusers.models.attention_processor import AttnProcessor2_0
 from torch import Tensor
 
 import rewardprop_fast as rpf
@@ -185,3 +186,127 @@ def test_an_adapter_added_later_is_trained(pipeline: Any) -> None:
         found.append([output.detach(), *torch.autograd.grad(output.sin().sum(), trained)])
     torch.testing.assert_close(found[0], found[2], rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(found[1], found[2], rtol=1e-4, atol=1e-5)
+
+
+# --- what the LoRA layers keep of their normalisation ---
+
+
+def adapted_block(pipeline: Any) -> tuple[Any, Any]:
+    pipe = pipeline(targets="all-linear")
+    rpf.accelerate(pipe)
+    return pipe, pipe.unet.mid_block.attentions[0].transformer_blocks[0]
+
+
+@pytest.fixture
+def normed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many layers each call of `ops.layer_norm_lora_linears` took."""
+    found: list[int] = []
+    original = rpf.ops.layer_norm_lora_linears
+
+    def spy(x: Any, weight: Any, bias: Any, eps: Any, layers: Any, *args: Any) -> Any:
+        found.append(len(layers))
+        return original(x, weight, bias, eps, layers, *args)
+
+    monkeypatch.setattr(rpf.ops, "layer_norm_lora_linears", spy)
+    return found
+
+
+def block_gradients(module: Any) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(5)
+    x, context = (
+        torch.randn(2, 9, 16, generator=generator),
+        torch.randn(2, 7, 16, generator=generator),
+    )
+    x.requires_grad_()
+    output = module(x, encoder_hidden_states=context)
+    trained = [x, *(p for p in module.parameters() if p.requires_grad)]
+    gradients = torch.autograd.grad(output.sin().sum(), trained, allow_unused=True)
+    return [output.detach(), *(g for g in gradients if g is not None)]
+
+
+def test_normalisations_are_made_again_bitwise(
+    pipeline: Any, normed: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, module = adapted_block(pipeline)
+    found = block_gradients(module)
+    assert normed == [3, 1, 1]  # q, k and v; q; the gate
+    monkeypatch.setattr("rewardprop_fast.nn.lora._is_made_again", lambda *_: False)
+    normed.clear()
+    expected = block_gradients(module)
+    assert normed == []
+    assert len(found) == len(expected)
+    assert all(map(torch.equal, found, expected))
+
+
+@pytest.mark.parametrize("number", [1, 2, 3])
+@pytest.mark.parametrize("change", ["hook", "trained", "replaced"])
+def test_a_normalisation_that_does_more_is_called(
+    pipeline: Any, normed: list[int], number: int, change: str
+) -> None:
+    _, module = adapted_block(pipeline)
+    expected = block_gradients(module)
+    norm = getattr(module, f"norm{number}")
+    calls: list[int] = []
+    if change == "hook":
+        norm.register_forward_hook(lambda *_: calls.append(1))
+    elif change == "trained":
+        norm.weight.requires_grad_()
+    else:
+        norm.forward = lambda x: (calls.append(1), type(norm).forward(norm, x))[1]
+    normed.clear()
+    found = block_gradients(module)
+    assert len(normed) == 2
+    assert bool(calls) == (change != "trained")
+    assert torch.equal(found[0], expected[0])
+    if change != "trained":
+        assert all(map(torch.equal, found, expected))
+    else:
+        assert len(found) == len(expected) + 1
+
+
+def test_hooks_on_attention_and_gate_see_what_diffusers_gives_them(
+    pipeline: Any, normed: list[int]
+) -> None:
+    _, module = adapted_block(pipeline)
+    expected = block_gradients(module)
+    seen: list[Tensor] = []
+    for part in (module.attn1, module.attn2, module.ff):
+        part.register_forward_pre_hook(lambda _, args: seen.append(args[0].detach()))
+    normed.clear()
+    found = block_gradients(module)
+    assert all(map(torch.equal, found, expected))
+    assert normed == []
+    for tensor in seen:  # normalised: of mean 0 and variance 1 up to weights of 1 and 0
+        torch.testing.assert_close(tensor.mean(-1), torch.zeros(2, 9), atol=1e-5, rtol=0)
+    assert len(seen) == 3
+
+
+def test_other_processors_adapters_and_autocast_take_the_plain_way(
+    pipeline: Any, normed: list[int]
+) -> None:
+    pipe, module = adapted_block(pipeline)
+
+    def count() -> int:
+        normed.clear()
+        block_gradients(module)
+        return len(normed)
+
+    assert count() == 3
+    with torch.autocast("cpu", torch.bfloat16):
+        assert count() == 0
+    pipe.unet.disable_adapters()
+    assert count() == 0
+    pipe.unet.enable_adapters()
+    module.attn1.to_q.merge()
+    assert count() == 2
+    module.attn1.to_q.unmerge()
+    module.attn2.processor = OwnProcessor()
+    assert count() == 2
+    with torch.no_grad():
+        normed.clear()
+        module(torch.randn(2, 9, 16), encoder_hidden_states=torch.randn(2, 7, 16))
+        assert normed == []
+
+
+class OwnProcessor(AttnProcessor2_0):
+    pass

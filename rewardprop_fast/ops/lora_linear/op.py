@@ -108,10 +108,23 @@ def lora_linears(
     Raises:
         ValueError: as in `lora_linear`, or the numbers of layers differ.
     """
+    *outputs, _ = FORWARD(*arguments(x, weights, biases, lora_as, lora_bs, scales))
+    return tuple(as_pixels(output, x, weights[0]) for output in outputs)
+
+
+def arguments(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    lora_as: Sequence[Tensor],
+    lora_bs: Sequence[Tensor],
+    scales: Sequence[float],
+) -> tuple[Any, ...]:
+    """What a person passes, checked, as the operator takes it. Raises ValueError."""
     _check_layers(x, weights, biases, lora_as, lora_bs, scales)
     parts = [as_matrix(lora) for lora in (*lora_as, *lora_bs)]
     lora_a, lora_b = adapters.join(parts)
-    *outputs, _ = _FORWARD(
+    return (
         as_rows(x, weights[0]),
         [as_matrix(weight) for weight in weights],
         list(biases),
@@ -121,7 +134,6 @@ def lora_linears(
         [float(scale) for scale in scales],
         None if len(weights) == 1 else parts,
     )
-    return tuple(as_pixels(output, x, weights[0]) for output in outputs)
 
 
 def _forward(
@@ -201,7 +213,7 @@ def _backward_fake(
     return found
 
 
-def _save(ctx: Any, args: tuple[Any, ...], output: Sequence[Tensor]) -> None:
+def save(ctx: Any, args: tuple[Any, ...], output: Sequence[Tensor]) -> None:
     """x for the gradient of A, S for that of B; weights and adapters are the network's own.
 
     Joined adapters are copies: not they are kept, but what they were joined of.
@@ -220,7 +232,7 @@ def _save(ctx: Any, args: tuple[Any, ...], output: Sequence[Tensor]) -> None:
     ctx.ranks, ctx.scales = ranks, scales
 
 
-def _gradients(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+def gradients(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
     x, s_MR, *weights_and_adapters = ctx.saved_tensors
     layers = len(ctx.ranks)
     weights = weights_and_adapters[:layers]
@@ -245,7 +257,7 @@ def _gradients(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
     return dx, None, None, da, db, *(None for _ in others)
 
 
-_FORWARD = define(
+FORWARD = define(
     "lora_linear(Tensor x, Tensor[] weights, Tensor?[] biases, Tensor lora_a, Tensor lora_b, "
     "int[] ranks, float[] scales, Tensor[]? parts=None) -> Tensor[]",
     _forward,
@@ -257,7 +269,7 @@ _BACKWARD = define(
     _backward,
     _backward_fake,
 )
-differentiable(_FORWARD, _save, _gradients)
+differentiable(FORWARD, save, gradients)
 
 
 # --- legality ---
