@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cached_property, partial
 from itertools import pairwise
 from typing import Literal
 
@@ -114,33 +114,57 @@ def make_plan(profile: Profile, gradient_steps: int, prefix: int, limits: Limits
     Raises:
         BudgetError: none fits; it says which budget would do and what would lower it.
     """
-    best: Planned | None = None
-    for residency in limits.residencies:
-        for whole in _whole_steps(profile, gradient_steps):
-            problem = _Problem(profile, gradient_steps, prefix, whole, residency, limits)
-            if best is not None and problem.least_seconds() >= best.seconds:
-                continue
-            found = problem.solve()
-            if found is not None and (best is None or found.seconds < best.seconds):
-                best = found
-    if best is not None:
-        return best
-    least = least_peak(profile, gradient_steps, limits)
-    assert limits.budget is not None
-    raise BudgetError(
-        f"No plan fits into {format_bytes(limits.budget)}: the least that works is "
-        f"{format_bytes(least)}. {_advice(limits, gradient_steps)}",
-        least,
-    )
+    return Planner(profile, gradient_steps, prefix, limits).plan(limits.budget)
 
 
 def least_peak(profile: Profile, gradient_steps: int, limits: Limits) -> int:
     """The smallest budget for which `make_plan` finds a plan, bytes."""
-    return min(
-        _Problem(profile, gradient_steps, 0, whole, residency, limits).least()
-        for residency in limits.residencies
-        for whole in _whole_steps(profile, gradient_steps)
-    )
+    return Planner(profile, gradient_steps, 0, limits).least()
+
+
+class Planner:
+    """Plans of one step for several budgets: what does not depend on the budget is set up once.
+
+    Args: as `make_plan`; the limits' budget is not looked at.
+    """
+
+    def __init__(self, profile: Profile, gradient_steps: int, prefix: int, limits: Limits) -> None:
+        self.gradient_steps, self.limits = gradient_steps, limits
+        self._parts = [
+            (profile, gradient_steps, prefix, whole, residency, limits)
+            for residency in limits.residencies
+            for whole in _whole_steps(profile, gradient_steps)
+        ]
+        self._known: dict[int, _Problem] = {}
+
+    def plan(self, budget: int | None) -> Planned:
+        """The fastest plan within ``budget`` bytes, None for any. Raises BudgetError."""
+        best: Planned | None = None
+        for index, (profile, k, prefix, whole, residency, limits) in enumerate(self._parts):
+            least = _least_seconds(profile, k, prefix, whole, residency, limits)
+            if best is not None and least >= best.seconds:
+                continue
+            found = self._problem(index).solve(budget, None if best is None else best.seconds)
+            if found is not None and (best is None or found.seconds < best.seconds):
+                best = found
+        if best is not None:
+            return best
+        assert budget is not None
+        least_bytes = self.least()
+        raise BudgetError(
+            f"No plan fits into {format_bytes(budget)}: the least that works is "
+            f"{format_bytes(least_bytes)}. {_advice(self.limits, self.gradient_steps)}",
+            least_bytes,
+        )
+
+    def least(self) -> int:
+        """The smallest budget for which there is a plan, bytes."""
+        return min(self._problem(index).least() for index in range(len(self._parts)))
+
+    def _problem(self, index: int) -> _Problem:
+        if index not in self._known:
+            self._known[index] = _Problem(*self._parts[index])
+        return self._known[index]
 
 
 def _advice(limits: Limits, gradient_steps: int) -> str:
@@ -168,6 +192,31 @@ def _whole_steps(profile: Profile, gradient_steps: int) -> list[int]:
     return [0, *(group.stop for group in groups)]
 
 
+def _base_seconds(profile: Profile, gradient_steps: int, prefix: int) -> float:
+    """Of the whole step, everything kept."""
+    seconds = profile.seconds
+    chain = seconds.get("suffix", 0.0) + seconds.get("backward", 0.0)
+    tail = sum(seconds.get(name, 0.0) for name in ("decode", "reward", "decode_backward"))
+    chain *= gradient_steps / profile.gradient_steps
+    return prefix * profile.prefix_seconds + chain + tail
+
+
+def _least_seconds(
+    profile: Profile,
+    gradient_steps: int,
+    prefix: int,
+    whole: int,
+    residency: Residency,
+    limits: Limits,
+) -> float:
+    """No choice with so many whole steps and this residency can be faster."""
+    once = profile.seconds["suffix"] / profile.gradient_steps
+    seconds = _base_seconds(profile, gradient_steps, prefix) + whole * once
+    if residency == "phases":
+        seconds += sum(profile.weights.values()) / limits.to_device
+    return seconds
+
+
 @dataclass
 class _Row:
     """Bytes in one interval: a constant and what the choices add."""
@@ -193,6 +242,9 @@ class _Problem:
         self.profile, self.k, self.prefix = profile, gradient_steps, prefix
         self.whole, self.residency, self.limits = whole, residency, limits
         self.gap = gap
+        self.least_seconds = _least_seconds(
+            profile, gradient_steps, prefix, whole, residency, limits
+        )
         self.numbers = {
             unit.signature: dict(self._modes(unit.signature, unit)) for unit in profile.units
         }
@@ -438,32 +490,18 @@ class _Problem:
 
     # --- solving ---
 
-    def _base_seconds(self) -> float:
-        """Of the whole step, everything kept."""
-        seconds = self.profile.seconds
-        chain = seconds.get("suffix", 0.0) + seconds.get("backward", 0.0)
-        tail = sum(seconds.get(name, 0.0) for name in ("decode", "reward", "decode_backward"))
-        prefix = self.prefix * self.profile.prefix_seconds
-        return prefix + chain * self.k / self.profile.gradient_steps + tail
-
-    def least_seconds(self) -> float:
-        """No choice can be faster."""
-        once = self.profile.seconds["suffix"] / self.profile.gradient_steps
-        seconds = self._base_seconds() + self.whole * once
-        if self.residency == "phases":
-            weights = self.profile.weights
-            seconds += sum(weights.values()) / self.limits.to_device
-        return seconds
-
-    def solve(self) -> Planned | None:
-        """The fastest choice within the budget, or None where there is none."""
-        budget = self.limits.budget
+    def solve(self, budget: int | None, faster_than: float | None = None) -> Planned | None:
+        """The fastest choice within the budget, or None where there is none, or none so fast."""
         n = len(self.cost)
         # one more variable: seconds that copies take beyond the arithmetic they hide behind
         cost = np.append(np.array(self.cost), 1.0)
         constraints = [self._one_each(1)]
         if budget is not None:
-            constraints.append(self._within(budget, 1))
+            constraints.append(self._within(budget))
+        if faster_than is not None:
+            constraints.append(
+                LinearConstraint(cost[None], -np.inf, faster_than - self.least_seconds)
+            )
         moved = np.array(self.moved, dtype=float)
         if moved.any():
             hidden = self.profile.seconds["suffix"] * self.k / self.profile.gradient_steps
@@ -481,12 +519,12 @@ class _Problem:
         if result.x is None:
             return None
         chosen = {i for i in range(n) if result.x[i] > 0.5}
-        return self._planned(chosen, self.least_seconds() + float(result.fun))
+        return self._planned(chosen, self.least_seconds + float(result.fun), budget)
 
     def least(self) -> int:
         """The least peak of any choice, bytes."""
         n = len(self.cost)
-        matrix, constants = self._matrix(1)
+        matrix, constants = self._matrix
         matrix = matrix.tolil()
         matrix[:, n] = -1.0
         rows = LinearConstraint(matrix.tocsr(), -np.inf, -constants)
@@ -500,20 +538,21 @@ class _Problem:
         chosen = {i for i in range(n) if result.x[i] > 0.5}
         return self._peaks(chosen)[0]
 
-    def _matrix(self, more: int) -> tuple[csr_array, np.ndarray]:
-        """MiB, so that the solver's tolerances are small ones."""
+    @cached_property
+    def _matrix(self) -> tuple[csr_array, np.ndarray]:
+        """MiB, so that the solver's tolerances are small ones; the last column is not used."""
         rows, columns, values = [], [], []
         for number, row in enumerate(self.rows):
             for variable, nbytes in row.terms.items():
                 rows.append(number)
                 columns.append(variable)
                 values.append(nbytes / 2**20)
-        shape = (len(self.rows), len(self.cost) + more)
+        shape = (len(self.rows), len(self.cost) + 1)
         constants = np.array([row.constant / 2**20 for row in self.rows])
         return csr_array((values, (rows, columns)), shape=shape), constants
 
-    def _within(self, budget: int, more: int) -> LinearConstraint:
-        matrix, constants = self._matrix(more)
+    def _within(self, budget: int) -> LinearConstraint:
+        matrix, constants = self._matrix
         # a solver's feasibility tolerance is no byte over the budget
         return LinearConstraint(matrix, -np.inf, budget / 2**20 - constants - 1e-3)
 
@@ -531,7 +570,7 @@ class _Problem:
         by_phase.pop("", None)
         return max(by_phase.values()), by_phase
 
-    def _planned(self, chosen: set[int], seconds: float) -> Planned:
+    def _planned(self, chosen: set[int], seconds: float, budget: int | None) -> Planned:
         peak, by_phase = self._peaks(chosen)
         modes: Counter[tuple[str, str, str]] = Counter()
         steps, tail = [], self._names(-1, self.tail, chosen)
@@ -551,13 +590,13 @@ class _Problem:
             _rules({u: m for u, m in tail.items() if u.name.startswith("vae.")}),
             _rules({u: m for u, m in tail.items() if u.name.startswith("reward.")}),
             self.residency,
-            self.limits.budget,
+            budget,
         )
         highest = max(self.rows, key=lambda row: self._total(row, chosen))
         return Planned(
             plan,
             seconds,
-            self._base_seconds(),
+            _base_seconds(self.profile, self.k, self.prefix),
             peak,
             by_phase,
             sum(self.moved[variable] for variable in chosen),

@@ -14,10 +14,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._pytree import tree_leaves, tree_map
 
 from rewardprop_fast.memory import policy
@@ -73,6 +74,8 @@ class Numbers:
         forward, backward: most during it, the gradient of its output included.
         forward_seconds, backward_seconds: modelled.
         inputs: bytes of the first tensor it was called on, which a recomputed unit holds.
+        held: bytes of each tensor it was called on that was there still when its backward pass
+            began, 0 of the others.
     """
 
     kept: int
@@ -81,6 +84,7 @@ class Numbers:
     forward_seconds: float
     backward_seconds: float
     inputs: int
+    held: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -201,7 +205,22 @@ def profile(
         run = _Run(networks, modes, clock)
         run.go(step, max(number for _, number in modes) + 1, 0, resident)
         run.read_numbers(found.numbers)
+    for known in found.numbers.values():
+        keep = known["keep"]
+        for mode, numbers in known.items():
+            known[mode] = _with_inputs(numbers, keep)
     return found
+
+
+def _with_inputs(numbers: Numbers, keep: Numbers) -> Numbers:
+    """With the unit's inputs that are alive because of this mode alone.
+
+    They are there before the unit is, so they count to the skeleton, unless nobody keeps them
+    there: frozen weights do not need an input without a gradient, and to recompute does.
+    """
+    pairs = zip(numbers.held, keep.held, strict=True)
+    more = sum(max(0, held - otherwise) for held, otherwise in pairs)
+    return replace(numbers, kept=numbers.kept + more, backward=numbers.backward + more)
 
 
 def _turns(found: Profile) -> dict[tuple[str, int], str]:
@@ -241,6 +260,8 @@ class _Call:
     parts: frozenset[str]
     output: int = 0  # bytes
     inputs: int = 0
+    given: list[tuple[StorageWeakRef, int]] = field(default_factory=list)
+    held: tuple[int, ...] = ()
 
 
 class _Run:
@@ -309,6 +330,12 @@ class _Run:
         peak = tracker.lap()
         self.marks.append(_Mark(kind, call, self.phase, peak, tracker.live_bytes, self.seconds))
 
+    def back(self, index: int) -> None:
+        """The backward pass of a unit begins."""
+        call = self.calls[index]
+        call.held = tuple(0 if given.expired() else nbytes for given, nbytes in call.given)
+        self.mark("back", index)
+
     # --- reading ---
 
     def kept(self, index: int) -> int:
@@ -335,6 +362,7 @@ class _Run:
                 marks[exit_].seconds - marks[enter].seconds,
                 marks[back + 1].seconds - marks[back].seconds,
                 call.inputs,
+                call.held,
             )
             modes = numbers.setdefault(call.signature, {})
             before = modes.get(call.mode)
@@ -400,6 +428,7 @@ def _worse(one: Numbers, other: Numbers) -> Numbers:
         max(one.forward_seconds, other.forward_seconds),
         max(one.backward_seconds, other.backward_seconds),
         max(one.inputs, other.inputs),
+        tuple(map(max, one.held, other.held)),
     )
 
 
@@ -459,6 +488,9 @@ class _Probe(_Shadow):
         run.calls.append(call)
         tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         call.inputs = _bytes_of(tensors[:1])
+        storages = [tensor.untyped_storage() for tensor in tensors]
+        call.given = [(StorageWeakRef(storage), storage.nbytes()) for storage in storages]
+        del storages
         args, kwargs = self._ended(index, args, kwargs)
         run.mark("enter", index)
         output = self.forward(*args, **kwargs)
@@ -468,7 +500,7 @@ class _Probe(_Shadow):
         run.mark("exit", index)
         for leaf in outputs[:1]:
             if leaf.requires_grad:
-                leaf.register_hook(lambda _: run.mark("back", index))
+                leaf.register_hook(lambda _: run.back(index))
         return output
 
     def _ended(self, index: int, args: Any, kwargs: Any) -> tuple[Any, Any]:

@@ -14,7 +14,7 @@ from rewardprop_fast.memory.cost import CostCounter
 from rewardprop_fast.memory.devices import Device
 from rewardprop_fast.memory.measure import Holding
 from rewardprop_fast.memory.plan import Plan
-from rewardprop_fast.memory.planner import Limits, Planned, make_plan
+from rewardprop_fast.memory.planner import Limits, Planned, Planner
 from rewardprop_fast.memory.profile import Networks, Profile, profile
 from rewardprop_fast.methods import DRaFTLV
 from rewardprop_fast.training.dry_run import PREFIX, DryRun, gradient_steps_of
@@ -141,10 +141,15 @@ def _workspaces(device: Device) -> Workspaces:
     return Workspaces((device.arch // 10, device.arch % 10)) if device.arch else Workspaces()
 
 
-def plan_for(dry: DryRun, profiled: Profile, limits: Limits) -> Planned:
-    """The fastest plan within ``limits`` for this step. Raises BudgetError."""
+def planner_for(dry: DryRun, profiled: Profile, limits: Limits) -> Planner:
+    """What plans this step, for any budget."""
     config = dry.config
     k = gradient_steps_of(config)
     # DRaFT-LV takes its last step a second time without gradients
     prefix = config.sampling.steps - k + isinstance(config.method, DRaFTLV)
-    return make_plan(profiled, k, prefix, limits)
+    return Planner(profiled, k, prefix, limits)
+
+
+def plan_for(dry: DryRun, profiled: Profile, limits: Limits) -> Planned:
+    """The fastest plan within ``limits`` for this step. Raises BudgetError."""
+    return planner_for(dry, profiled, limits).plan(limits.budget)

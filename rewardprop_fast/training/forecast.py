@@ -13,10 +13,10 @@ from dataclasses import dataclass, replace
 from rewardprop_fast.memory import Reserved, replay
 from rewardprop_fast.memory.devices import Device
 from rewardprop_fast.memory.measure import Holding
-from rewardprop_fast.memory.planner import BudgetError, Limits, Planned, Residency
+from rewardprop_fast.memory.planner import BudgetError, Limits, Planned, Planner, Residency
 from rewardprop_fast.memory.profile import Profile
 from rewardprop_fast.training.dry_run import DryRun, gradient_steps_of
-from rewardprop_fast.training.estimate import TRAINED, Estimate, estimate, make_profile, plan_for
+from rewardprop_fast.training.estimate import TRAINED, Estimate, estimate, make_profile, planner_for
 
 #: Of a card's memory: for the driver's context (0.3 to 0.5 GiB), the workspaces of its libraries
 #: and what lies idle between the allocator's blocks. An assumption; nothing was run on a GPU.
@@ -104,7 +104,8 @@ def forecast(
     say("Running the step's parts on fake tensors ...")
     profiled = make_profile(dry, device)
     say("Planning ...")
-    planned = plan_for(dry, profiled, limits)
+    planner = planner_for(dry, profiled, limits)
+    planned = planner.plan(limits.budget)
     found = None
     if (exact or k <= EXACT_STEPS) and not planned.plan.offloads:
         say("Running the planned step on fake tensors ...")
@@ -112,7 +113,7 @@ def forecast(
         if planned.plan.residency == "phases":
             found = _by_phases(found, profiled)
     say("Trying other budgets ...")
-    alternatives = [_alternative(dry, profiled, replace(limits, budget=each)) for each in others]
+    alternatives = [_alternative(planner, budget) for budget in others]
     resident = planned.plan.residency == "all"
     return Forecast(
         planned,
@@ -125,13 +126,12 @@ def forecast(
     )
 
 
-def _alternative(dry: DryRun, profiled: Profile, limits: Limits) -> Alternative:
-    assert limits.budget is not None
+def _alternative(planner: Planner, budget: int) -> Alternative:
     try:
-        planned = plan_for(dry, profiled, limits)
+        planned = planner.plan(budget)
     except BudgetError as error:
-        return Alternative(limits.budget, None, error.least, "")
-    return Alternative(limits.budget, planned.seconds, planned.peak, planned.plan.residency)
+        return Alternative(budget, None, error.least, "")
+    return Alternative(budget, planned.seconds, planned.peak, planned.plan.residency)
 
 
 def absent(weights: dict[str, int], phase: str, residency: Residency) -> set[str]:
