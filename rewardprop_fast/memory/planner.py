@@ -46,6 +46,9 @@ _SECONDS = 6
 #: How far the chosen extra time may lie above the least there is: the extra is a tenth of a step.
 _GAP = 0.01
 
+#: Bytes that a plan stays below its budget: a solver's feasibility tolerance is none over it.
+_MARGIN = 2**10
+
 #: Names of the segments of a kind within a unit.
 _PARTS = {FEED_FORWARD: "feed_forward", ATTENTION: "*attention*", RESNET: "resnets.*"}
 
@@ -153,13 +156,14 @@ class Planner:
         least_bytes = self.least()
         raise BudgetError(
             f"No plan fits into {format_bytes(budget)}: the least that works is "
-            f"{format_bytes(least_bytes)}. {_advice(self.limits, self.gradient_steps)}",
+            f"{format_bytes(least_bytes, up=True)}. {_advice(self.limits, self.gradient_steps)}",
             least_bytes,
         )
 
     def least(self) -> int:
         """The smallest budget for which there is a plan, bytes."""
-        return min(self._problem(index).least() for index in range(len(self._parts)))
+        least = min(self._problem(index).least() for index in range(len(self._parts)))
+        return least + 2 * _MARGIN  # one to keep to, one for the tolerance
 
     def _problem(self, index: int) -> _Problem:
         if index not in self._known:
@@ -448,7 +452,7 @@ class _Problem:
                 behind = interval.phase == "backward"
                 (backward if behind else forward)[interval.step].append(interval)
         group_of = {step: number for number, group in enumerate(self.groups) for step in group}
-        for interval in forward[BEFORE]:
+        for interval in forward[BEFORE] if self.prefix else ():
             yield interval, -1, self._row(interval, 0, None, None)
         for step, group in group_of.items():
             for interval in forward[min(step, 1)]:
@@ -553,8 +557,7 @@ class _Problem:
 
     def _within(self, budget: int) -> LinearConstraint:
         matrix, constants = self._matrix
-        # a solver's feasibility tolerance is no byte over the budget
-        return LinearConstraint(matrix, -np.inf, budget / 2**20 - constants - 1e-3)
+        return LinearConstraint(matrix, -np.inf, (budget - _MARGIN) / 2**20 - constants)
 
     def _one_each(self, more: int) -> LinearConstraint:
         rows = [n for n, variables in enumerate(self.alternatives) for _ in variables]

@@ -43,9 +43,14 @@ def parse_bytes(size: int | str) -> int:
     return int(whole or 0) * factor + int(fraction or 0) * factor // 10 ** len(fraction)
 
 
-def format_bytes(nbytes: int) -> str:
-    """ "23.50 GiB": in the largest binary unit that the size reaches; whole bytes below 1 KiB."""
+def format_bytes(nbytes: int, *, up: bool = False) -> str:
+    """ "23.50 GiB": in the largest binary unit that the size reaches; whole bytes below 1 KiB.
+
+    Args:
+        up: never below ``nbytes``, for what is to be asked for.
+    """
     for unit in ("TiB", "GiB", "MiB", "KiB"):
         if abs(nbytes) >= UNITS[unit]:
-            return f"{nbytes / UNITS[unit]:.2f} {unit}"
+            hundredths = -(-nbytes * 100 // UNITS[unit]) if up else nbytes * 100 / UNITS[unit]
+            return f"{hundredths / 100:.2f} {unit}"
     return f"{nbytes} B"

@@ -111,7 +111,7 @@ def forecast(
         say("Running the planned step on fake tensors ...")
         found = estimate(dry, planned.plan, device)
         if planned.plan.residency == "phases":
-            found = _by_phases(found, profiled)
+            found = by_phases(found, profiled)
     say("Trying other budgets ...")
     alternatives = [_alternative(planner, budget) for budget in others]
     resident = planned.plan.residency == "all"
@@ -121,7 +121,7 @@ def forecast(
         replay(found.events) if found is not None and resident else None,
         profiled.workspace if found is None else found.workspace,
         _composed_holders(planned, profiled) if found is None else _holders(found.holdings),
-        _composed_timeline(planned) if found is None else _timeline(found),
+        composed_timeline(planned) if found is None else timeline(found),
         alternatives,
     )
 
@@ -143,7 +143,7 @@ def absent(weights: dict[str, int], phase: str, residency: Residency) -> set[str
     return weights.keys() - {"unet"}
 
 
-def _by_phases(found: Estimate, profiled: Profile) -> Estimate:
+def by_phases(found: Estimate, profiled: Profile) -> Estimate:
     """The same run with the weights on the device by phase: all that is alive stays, but those."""
     weights = profiled.weights
 
@@ -228,13 +228,15 @@ def _composed_holders(planned: Planned, profiled: Profile) -> list[tuple[str, in
 # --- over the step ---
 
 
-def _timeline(found: Estimate) -> list[tuple[float, int, str]]:
+def timeline(found: Estimate) -> list[tuple[float, int, str]]:
+    """(seconds, bytes, phase) at the end of every operation of a run."""
     return [(moment.seconds, moment.nbytes, moment.phase) for moment in found.moments]
 
 
-def _composed_timeline(planned: Planned) -> list[tuple[float, int, str]]:
-    seconds, timeline = 0.0, []
+def composed_timeline(planned: Planned) -> list[tuple[float, int, str]]:
+    """(seconds, most bytes, phase) of every interval of a plan, from its parts."""
+    seconds, points = 0.0, []
     for phase, nbytes, interval in planned.timeline():
         seconds += interval
-        timeline.append((seconds, nbytes, phase))
-    return timeline
+        points.append((seconds, nbytes, phase))
+    return points

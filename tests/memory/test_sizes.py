@@ -63,3 +63,10 @@ def test_what_is_written_can_be_read(nbytes: int) -> None:
     """To the two decimals that are shown."""
     written = format_bytes(nbytes)
     assert abs(parse_bytes(written) - nbytes) <= 0.005 * UNITS[written.split()[1]] + 1
+
+
+def test_a_size_to_be_asked_for_is_never_rounded_down() -> None:
+    for nbytes in (2**30 + 1, 10737418240 + 5, 3 * 2**20 + 7, 2**40 * 5 + 3):
+        assert parse_bytes(format_bytes(nbytes, up=True)) >= nbytes
+    assert format_bytes(2**30 + 1, up=True) == "1.01 GiB"
+    assert format_bytes(3 * 2**30, up=True) == "3.00 GiB"
