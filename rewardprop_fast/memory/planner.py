@@ -357,7 +357,7 @@ class _Problem:
         """What the chain's steps before ``step`` leave alive, beside their units' share.
 
         As a difference to the skeleton, in which the first step is there, and behind the chain all
-        that were shown. A whole step leaves nothing.
+        that were shown. A whole step leaves what its UNet was called on.
         """
         if step == 0:
             return 0
@@ -367,7 +367,8 @@ class _Problem:
         other = ends[1] - ends[0] if shown > 1 else 0
         there = sum(1 for earlier in range(1, step) if earlier >= self.whole)
         counted = shown - 1 if step == self.k else 0
-        return (there - counted) * other - (first if self.whole > 0 else 0)
+        inputs = min(step, self.whole) * self.profile.step_input
+        return (there - counted) * other - (first if self.whole > 0 else 0) + inputs
 
     def _start(self, step: int) -> int:
         return next(

@@ -142,6 +142,8 @@ class Profile:
         prefix_seconds: of one UNet call without gradients.
         weights: bytes of the frozen weights of "unet", "vae" and "reward".
         trained: bytes of the trained parameters, and so of their gradients.
+        step_input: bytes of all that the UNet is called on in a step with gradients; a bound of
+            what recomputing the whole step keeps, since steps may share conditions.
         resident: bytes alive all the time, weights included.
         workspace: most bytes that an operation of the library uses for itself, if it was asked.
     """
@@ -155,6 +157,7 @@ class Profile:
     prefix_seconds: float = 0.0
     weights: dict[str, int] = field(default_factory=dict)
     trained: int = 0
+    step_input: int = 0
     resident: int = 0
     workspace: int = 0
 
@@ -197,6 +200,7 @@ def profile(
     first = _Run(networks, {}, clock)
     first.go(step, shown, 1, resident)
     first.read_skeleton(found)
+    found.step_input = first.step_input
     first.read_numbers(found.numbers)
     for _ in range(_MOST_RUNS - 1):
         modes = _turns(found)
@@ -276,7 +280,7 @@ class _Run:
         self.seconds = 0.0
         self.by_phase: dict[str, float] = {}
         self.phase = ""
-        self.unet_calls, self.prefix_calls = -1, 0
+        self.unet_calls, self.prefix_calls, self.step_input = -1, 0, 0
         self.tracker = MemoryTracker(watch=self._operation)
 
     # --- running ---
@@ -538,6 +542,9 @@ class _StepCounter(_Shadow):
             run.prefix_calls += 1
             return self.forward(*args, **kwargs)
         run.unet_calls += 1
+        tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        run.step_input = _bytes_of(tensors)
+        del tensors
         output = self.forward(*args, **kwargs)
         run.mark("step", -1)
         return output
