@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any
 from rewardprop_fast.version import __version__
 
 if TYPE_CHECKING:
-    from rewardprop_fast import lora, methods, models, nn, ops, presets, rewards, rollout
+    from rewardprop_fast import lora, memory, methods, models, nn, ops, presets, rewards, rollout
+    from rewardprop_fast.memory.dropin import accelerate, restore
     from rewardprop_fast.methods import AlignProp, DRaFT, DRaFTLV
-    from rewardprop_fast.nn import accelerate, restore
     from rewardprop_fast.training.config import (
         LoRAConfig,
         OptimizerConfig,
@@ -41,10 +41,10 @@ _HOMES = {
     "SamplingConfig": _CONFIG,
     "TrainConfig": _CONFIG,
     "RewardPropTrainer": "rewardprop_fast.training.trainer",
-    "accelerate": "rewardprop_fast.nn",
-    "restore": "rewardprop_fast.nn",
+    "accelerate": "rewardprop_fast.memory.dropin",
+    "restore": "rewardprop_fast.memory.dropin",
 }
-_ROOMS = ("lora", "methods", "models", "nn", "ops", "presets", "rewards", "rollout")
+_ROOMS = ("lora", "memory", "methods", "models", "nn", "ops", "presets", "rewards", "rollout")
 
 __all__ = [
     "AlignProp",
@@ -60,6 +60,7 @@ __all__ = [
     "__version__",
     "accelerate",
     "lora",
+    "memory",
     "methods",
     "models",
     "nn",

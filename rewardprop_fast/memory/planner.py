@@ -28,7 +28,16 @@ from rewardprop_fast.memory.kinds import (
     TRANSFORMER_BLOCK,
 )
 from rewardprop_fast.memory.plan import Plan, Policy
-from rewardprop_fast.memory.profile import BEFORE, BEHIND, MODES, Interval, Numbers, Profile, Unit
+from rewardprop_fast.memory.profile import (
+    BEFORE,
+    BEHIND,
+    MODES,
+    TAIL_PHASES,
+    Interval,
+    Numbers,
+    Profile,
+    Unit,
+)
 from rewardprop_fast.memory.sizes import format_bytes
 
 #: The mode of a recomputed unit whose input waits in host memory.
@@ -44,7 +53,7 @@ _MOST_PORTIONS = 6
 _SECONDS = 6
 
 #: How far the chosen extra time may lie above the least there is: the extra is a tenth of a step.
-_GAP = 0.01
+GAP = 0.01
 
 #: Bytes that a plan stays below its budget: a solver's feasibility tolerance is none over it.
 _MARGIN = 2**10
@@ -64,6 +73,7 @@ class Limits:
         to_host, to_device: bytes per second between the device and host memory.
         offload: whether inputs of recomputed units may go to host memory.
         residencies: which of "all" and "phases" may be taken.
+        slack: share of the budget that is left free, for what a sum of parts may be short by.
     """
 
     budget: int | None
@@ -71,6 +81,7 @@ class Limits:
     to_device: float = 20e9
     offload: bool = False
     residencies: tuple[Residency, ...] = ("all",)
+    slack: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -106,18 +117,21 @@ class BudgetError(ConfigError):
         self.least = least
 
 
-def make_plan(profile: Profile, gradient_steps: int, prefix: int, limits: Limits) -> Planned:
+def make_plan(
+    profile: Profile, gradient_steps: int, prefix: int, limits: Limits, gap: float = GAP
+) -> Planned:
     """The fastest plan within the budget.
 
     Args:
         profile: of the step; its second step stands for all behind the first.
         gradient_steps: K.
         prefix: UNet calls without gradients, T - K for most methods.
+        gap: how far the extra time may lie above the least there is, as a share of it.
 
     Raises:
         BudgetError: none fits; it says which budget would do and what would lower it.
     """
-    return Planner(profile, gradient_steps, prefix, limits).plan(limits.budget)
+    return Planner(profile, gradient_steps, prefix, limits, gap).plan(limits.budget)
 
 
 def least_peak(profile: Profile, gradient_steps: int, limits: Limits) -> int:
@@ -131,8 +145,15 @@ class Planner:
     Args: as `make_plan`; the limits' budget is not looked at.
     """
 
-    def __init__(self, profile: Profile, gradient_steps: int, prefix: int, limits: Limits) -> None:
-        self.gradient_steps, self.limits = gradient_steps, limits
+    def __init__(
+        self,
+        profile: Profile,
+        gradient_steps: int,
+        prefix: int,
+        limits: Limits,
+        gap: float = GAP,
+    ) -> None:
+        self.gradient_steps, self.limits, self.gap = gradient_steps, limits, gap
         self._parts = [
             (profile, gradient_steps, prefix, whole, residency, limits)
             for residency in limits.residencies
@@ -163,11 +184,12 @@ class Planner:
     def least(self) -> int:
         """The smallest budget for which there is a plan, bytes."""
         least = min(self._problem(index).least() for index in range(len(self._parts)))
-        return least + 2 * _MARGIN  # one to keep to, one for the tolerance
+        # one margin to keep to, one for the tolerance
+        return int(least / (1 - self.limits.slack)) + 2 * _MARGIN
 
     def _problem(self, index: int) -> _Problem:
         if index not in self._known:
-            self._known[index] = _Problem(*self._parts[index])
+            self._known[index] = _Problem(*self._parts[index], self.gap)
         return self._known[index]
 
 
@@ -241,7 +263,7 @@ class _Problem:
         whole: int,
         residency: Residency,
         limits: Limits,
-        gap: float = _GAP,
+        gap: float = GAP,
     ) -> None:
         self.profile, self.k, self.prefix = profile, gradient_steps, prefix
         self.whole, self.residency, self.limits = whole, residency, limits
@@ -346,12 +368,15 @@ class _Problem:
         if step >= self.whole:
             yield self._row(interval, shift, group, step)
         elif behind:
+            shift += 2 * self.profile.step_input
             yield self._row(interval, shift, group, step, alone=True)
         else:
             # Forward and, in the backward pass, forward again with all that it keeps.
             yield self._row(interval, shift, group, step, alone=True, forgets=True)
             again = replace(interval, phase="backward")
-            yield self._row(again, shift + self.profile.trained, group, step, alone=True)
+            # Beside its inputs there are its output's gradients, before and after guidance.
+            shift += self.profile.trained + 4 * self.profile.step_input
+            yield self._row(again, shift, group, step, alone=True)
 
     def _shift(self, step: int) -> int:
         """What the chain's steps before ``step`` leave alive, beside their units' share.
@@ -431,7 +456,7 @@ class _Problem:
         if self.residency == "all":
             return 0
         weights = self.profile.weights
-        if phase in ("decode", "reward", "decode_backward"):
+        if phase in TAIL_PHASES:
             return weights["unet"]
         return weights["vae"] + weights["reward"]
 
@@ -558,7 +583,8 @@ class _Problem:
 
     def _within(self, budget: int) -> LinearConstraint:
         matrix, constants = self._matrix
-        return LinearConstraint(matrix, -np.inf, (budget - _MARGIN) / 2**20 - constants)
+        allowed = (budget * (1 - self.limits.slack) - _MARGIN) / 2**20
+        return LinearConstraint(matrix, -np.inf, allowed - constants)
 
     def _one_each(self, more: int) -> LinearConstraint:
         rows = [n for n, variables in enumerate(self.alternatives) for _ in variables]

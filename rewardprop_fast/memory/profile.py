@@ -58,6 +58,10 @@ MODES: Mapping[str, Mapping[str, Mapping[str, Policy]]] = {
     REWARD_BLOCK: {"keep": {}, "block": {REWARD_BLOCK: _R}},
 }
 
+#: Phases that need the UNet's weights, and those that need the decoder's and the reward's.
+CHAIN_PHASES = ("prefix", "suffix", "backward")
+TAIL_PHASES = ("decode", "reward", "decode_backward")
+
 #: Steps of intervals outside the chain of the K steps.
 BEFORE, BEHIND = -1, -2
 
@@ -552,6 +556,14 @@ class _StepCounter(_Shadow):
 
 def _those_of(rules: Mapping[str, Policy], network: str) -> dict[str, Policy]:
     return {name: rule for name, rule in rules.items() if name.partition(".")[0] == network}
+
+
+def absent(plan: Plan, unet: nn.Module, vae: nn.Module, reward: object) -> dict[str, int]:
+    """Phase -> bytes of weights that are not on the device in it, under a plan."""
+    if plan.residency == "all":
+        return {}
+    chain, tail = _frozen_bytes(unet), _frozen_bytes(vae) + _frozen_bytes(reward)
+    return {name: chain if name in TAIL_PHASES else tail for name in (*CHAIN_PHASES, *TAIL_PHASES)}
 
 
 def _frozen_bytes(network: object) -> int:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rewardprop_fast.ops import compiled, triton_runtime
+from rewardprop_fast.ops import compiled, registry, triton_runtime
 
 _NOTE = compiled.note_path("_cuda")
 
@@ -35,6 +35,8 @@ def why_not(*tensors: Tensor | None) -> str | None:
     for tensor in given:
         if not triton_runtime.is_gpu(tensor):
             return f"it runs on CUDA devices, the tensors are on {tensor.device}"
+        if tensor.is_meta and not registry.is_observing():
+            return "the tensors have no memory"  # and its kernels are launched, not recorded
     if torch.version.hip is not None:
         return "it is built for NVIDIA GPUs, this torch is built for AMD's"
     problem = why_missing()

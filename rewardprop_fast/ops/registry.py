@@ -163,6 +163,11 @@ def observing() -> Iterator[list[Observation]]:
         _observations.reset(token)
 
 
+def is_observing() -> bool:
+    """Whether operators are asked for their choice alone; see `observing`."""
+    return _observations.get() is not None
+
+
 def observed(
     kernel: Callable[..., Any], fake: Callable[..., Any], otherwise: Callable[..., Any]
 ) -> Callable[..., Any]:

@@ -20,6 +20,7 @@ from typing import Any, ClassVar, Literal
 import torch
 
 from rewardprop_fast.errors import ConfigError
+from rewardprop_fast.memory.sizes import parse_bytes
 from rewardprop_fast.methods import METHODS, DRaFT, Method
 from rewardprop_fast.rewards import REWARDS
 from rewardprop_fast.training import config_io
@@ -191,6 +192,21 @@ def _schedule_fits(train: TrainConfig) -> Iterable[str]:
         )
 
 
+def _known_budget(train: TrainConfig) -> Iterable[str]:
+    budget = train.memory_budget
+    if budget is not None and budget != "auto" and not budget.endswith(".json"):
+        try:
+            parse_bytes(budget)
+        except ValueError as error:
+            yield f"{error} Or: auto, or the .json file of a plan."
+
+
+def _plan_is_there(train: TrainConfig) -> Iterable[str]:
+    budget = train.memory_budget
+    if budget is not None and budget.endswith(".json") and not Path(budget).is_file():
+        yield f"there is no file {budget!r}; `rewardprop plan --output {budget}` writes one."
+
+
 _SLOW_HALF = "fp16 matmul on CPU is below 1 GFLOP/s. Use float32, bfloat16 or auto."
 
 
@@ -242,6 +258,11 @@ class TrainConfig(Settings):
     accelerate: bool = setting(
         True, help="Run the UNet and the VAE on this library's operators; false: on diffusers' own."
     )
+    memory_budget: str | None = setting(
+        None,
+        allowed="auto, a size such as 24GiB, a plan's .json file, or null",
+        help="Fit into this much device memory by recomputing and offloading; null: keep all.",
+    )
     target_reward: float | None = setting(None, help="Stop once the mean reward gets here.")
 
     RULES: ClassVar[tuple[Rule, ...]] = (
@@ -252,11 +273,13 @@ class TrainConfig(Settings):
             _schedule_fits,
         ),
         Rule("dtype", ("dtype", "device"), _no_half_on_cpu),
+        Rule("memory_budget", ("memory_budget",), _known_budget),
     )
     # Asked only before training: the config of a GPU run stays readable on any machine.
     MACHINE_RULES: ClassVar[tuple[Rule, ...]] = (
         Rule("device", ("device",), _device_is_here),
         Rule("dtype", ("dtype", "device"), _no_half_without_gpu),
+        Rule("memory_budget", ("memory_budget",), _plan_is_there),
     )
 
     def validate(self) -> None:

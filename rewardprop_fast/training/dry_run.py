@@ -31,8 +31,6 @@ from rewardprop_fast.training.engine import Engine, negative_mean
 #: Steps without gradient that a dry run takes: a second one finds what the first has left.
 PREFIX = 2
 
-_TOKENS = 77
-
 
 class DryEngine(Engine):
     """An `Engine` whose values nobody can look at."""
@@ -103,7 +101,9 @@ class DryRun:
             mode.from_tensor(schedule.noise),
             schedule.eta,
         )
-        engine.encoder = _Encoder(unet, config.sampling.guidance_scale > 1)  # type: ignore[assignment]
+        tokens = pipe.tokens if isinstance(pipe, Shapes) else pipe.tokenizer.model_max_length
+        guided = config.sampling.guidance_scale > 1
+        engine.encoder = _Encoder(unet, guided, tokens)  # type: ignore[assignment]
         trained = [p for p in unet.parameters() if p.requires_grad]
         return cls(mode, engine, config, trained)
 
@@ -139,7 +139,7 @@ class DryRun:
         for parameter in self.trained:
             parameter.grad = None
 
-    def resident(self) -> list[Tensor]:
+    def resident(self, optimizer: bool = True) -> list[Tensor]:
         """What is on the device all the time: weights, and the optimizer's state."""
         networks = [self.engine.pipe.unet, self.engine.pipe.vae, self.engine.reward]
         held = [
@@ -149,7 +149,8 @@ class DryRun:
             for tensor in (*network.parameters(), *network.buffers())
         ]
         with self.mode:
-            for _ in range(2 + (self.config.optimizer.ema_decay is not None)):
+            copies = 2 + (self.config.optimizer.ema_decay is not None) if optimizer else 0
+            for _ in range(copies):
                 held += [torch.empty_like(parameter) for parameter in self.trained]
         return held
 
@@ -182,12 +183,12 @@ def gradient_steps_of(config: TrainConfig) -> int:
 class _Encoder:
     """Conditions of the right shapes."""
 
-    def __init__(self, unet: Any, guided: bool) -> None:
-        self.unet, self.guided = unet, guided
+    def __init__(self, unet: Any, guided: bool, tokens: int) -> None:
+        self.unet, self.guided, self.tokens = unet, guided, tokens
 
     def __call__(self, prompts: Sequence[str]) -> Conditioning:
         config, rows = self.unet.config, len(prompts)
-        embeddings = self._empty(rows, _TOKENS, config.cross_attention_dim)
+        embeddings = self._empty(rows, self.tokens, config.cross_attention_dim)
         added = {}
         if is_sdxl(SimpleNamespace(unet=self.unet)):
             width = config.projection_class_embeddings_input_dim

@@ -174,9 +174,16 @@ class Engine:
     @torch.no_grad()
     def sample(self, prompts: Sequence[str], latents: Tensor, draws: Draws) -> Tensor:
         """Images (B, 3, H, W) in [0, 1] from noise x_T (B, 4, h, w)."""
-        sampler = self.sampler(prompts, draws)
+        sampler = self.sampler(prompts, draws, PhaseTimer(self.device, self.watch))
         x0 = sampler.run(latents.to(self.device, self.dtype), 0, len(sampler), gradients=False)
-        return decode(self.pipe.vae, x0)
+        with self.watch("decode"):
+            return decode(self.pipe.vae, x0)
+
+    @torch.no_grad()
+    def score(self, images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> Tensor:
+        """The reward of images (N, 3, H, W) that are there already, (N,)."""
+        with self.watch("reward"):
+            return self._score(images, prompts, metadata)
 
 
 def where(draws: Draws, prompts: Sequence[str]) -> str:

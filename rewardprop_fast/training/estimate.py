@@ -2,25 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, replace
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from rewardprop_fast.memory import MemoryTracker, Workspaces, policy
 from rewardprop_fast.memory.cost import CostCounter
 from rewardprop_fast.memory.devices import Device
 from rewardprop_fast.memory.measure import Holding
+from rewardprop_fast.memory.offload import MIB
 from rewardprop_fast.memory.plan import Plan
 from rewardprop_fast.memory.planner import Limits, Planned, Planner
-from rewardprop_fast.memory.profile import Networks, Profile, profile
+from rewardprop_fast.memory.profile import Networks, Profile, absent, profile
 from rewardprop_fast.methods import DRaFTLV
 from rewardprop_fast.training.dry_run import PREFIX, DryRun, gradient_steps_of
 
 #: Name under which `Estimate.holdings` lists the trained parameters and the optimizer's state.
 TRAINED = "trained"
+
+#: Of a budget, left free: what a plan composed of parts may be short by.
+_SLACK = 0.0015
 
 
 @dataclass(frozen=True)
@@ -64,7 +69,13 @@ class Estimate:
 
 
 def estimate(
-    dry: DryRun, plan: Plan, device: Device, gradient_steps: int | None = None, prefix: int = PREFIX
+    dry: DryRun,
+    plan: Plan,
+    device: Device,
+    gradient_steps: int | None = None,
+    prefix: int = PREFIX,
+    *,
+    optimizer: bool = True,
 ) -> Estimate:
     """Run a step on fake tensors under ``plan``: the bytes are those of the real step.
 
@@ -72,6 +83,7 @@ def estimate(
         gradient_steps: run so many of the K steps; None is all.
         prefix: run so many UNet calls without gradients at most; two already find what the first
             has left.
+        optimizer: whether its state is there, which it is from the first update on.
     """
     engine, pipe = dry.engine, dry.engine.pipe
     networks = {"unet": pipe.unet, "vae": pipe.vae, "reward": engine.reward}
@@ -85,25 +97,31 @@ def estimate(
         nonlocal seconds
         seconds += device.seconds(counter.see(func, args, kwargs, output))
         workspaces.see(func, args, kwargs)
-        moments.append(Moment(seconds, tracker.live_bytes, tracker.current_phase))
+        phase = tracker.current_phase
+        moments.append(Moment(seconds, tracker.live_bytes - away.get(phase, 0), phase))
+
+    away = absent(plan, pipe.unet, pipe.vae, engine.reward)
 
     tracker = MemoryTracker(nn.ModuleDict(modules), watch=see)
-    held = dry.resident()  # by this name too: the optimizer's state is nowhere else
+    held = dry.resident(optimizer)  # by this name too: the optimizer's state is nowhere else
     tracker.count(dry.trained, TRAINED)
     for name, module in modules.items():
         tracker.count(module, name)
     tracker.count(held, TRAINED)
     resident = tracker.live_bytes
-    applied = policy.apply(plan, pipe.unet, pipe.vae, engine.reward)
+    applied = policy.apply(plan, pipe.unet, pipe.vae, engine.reward, offloader=_Elsewhere())
     engine.watch = tracker.phase
     try:
         with tracker:
             dry.step(gradient_steps, prefix)
     finally:
         applied.remove()
+    by_phase = {
+        name: peak - away.get(name, 0) for name, peak in tracker.peak_by_phase.items() if name
+    }
     return Estimate(
-        tracker.peak_bytes,
-        {name: peak for name, peak in tracker.peak_by_phase.items() if name},
+        max(by_phase.values()),
+        by_phase,
         resident,
         tracker.alive_at_peak(),
         seconds,
@@ -111,6 +129,28 @@ def estimate(
         tracker.events(),
         workspaces.peak,
     )
+
+
+class _Elsewhere:
+    """An offloader of tensors without values: they are gone, and come back empty."""
+
+    @contextmanager
+    def segment(self, name: str) -> Iterator[None]:
+        with torch.autograd.graph.saved_tensors_hooks(self._pack, self._unpack):
+            yield
+
+    @staticmethod
+    def _pack(tensor: Tensor) -> Any:
+        if isinstance(tensor, nn.Parameter) or tensor.untyped_storage().nbytes() < MIB:
+            return tensor
+        return tensor.shape, tensor.stride(), tensor.dtype
+
+    @staticmethod
+    def _unpack(packed: Any) -> Tensor:
+        if isinstance(packed, Tensor):
+            return packed
+        shape, stride, dtype = packed
+        return torch.empty_strided(shape, stride, dtype=dtype)
 
 
 def make_profile(dry: DryRun, device: Device) -> Profile:
@@ -147,9 +187,27 @@ def planner_for(dry: DryRun, profiled: Profile, limits: Limits) -> Planner:
     k = gradient_steps_of(config)
     # DRaFT-LV takes its last step a second time without gradients
     prefix = config.sampling.steps - k + isinstance(config.method, DRaFTLV)
-    return Planner(profiled, k, prefix, limits)
+    return Planner(profiled, k, prefix, replace(limits, slack=_SLACK))
 
 
 def plan_for(dry: DryRun, profiled: Profile, limits: Limits) -> Planned:
     """The fastest plan within ``limits`` for this step. Raises BudgetError."""
-    return planner_for(dry, profiled, limits).plan(limits.budget)
+    config, engine = dry.config, dry.engine
+    planned = planner_for(dry, profiled, limits).plan(limits.budget)
+    made_for = {
+        "method": config.method.name,
+        "height": engine.height,
+        "width": engine.width,
+        "k": gradient_steps_of(config),
+        "steps": config.sampling.steps,
+        "batch_size": config.batch_size,
+        "lora_rank": config.lora.rank,
+        "dtype": str(engine.pipe.unet.dtype).removeprefix("torch."),
+    }
+    prediction = {
+        "peak_bytes": planned.peak,
+        "peak_by_phase": planned.by_phase,
+        "modelled_seconds": planned.seconds,
+        "modelled_seconds_without_limit": planned.unlimited_seconds,
+    }
+    return replace(planned, plan=replace(planned.plan, made_for=made_for, prediction=prediction))

@@ -61,7 +61,7 @@ class Evaluator:
         images = self.sample(prompts, config.seed, base=base, strength=1.0)
         with torch.no_grad():
             here = images.to(self.engine.device)
-            rewards = evaluate(self.engine.reward, here, prompts, facts).float().cpu()
+            rewards = self.engine.score(here, prompts, facts).float().cpu()
             heldout = None
             if self.heldout_reward is not None:
                 heldout = evaluate(self.heldout_reward, here, prompts, facts).float().cpu()
@@ -80,6 +80,10 @@ class Evaluator:
 
     def drift(self) -> float:
         """How far the UNet's prediction is from the base model's, relative; see `DriftGauge`."""
+        with self.engine.watch("prefix"):
+            return self._measured_drift()
+
+    def _measured_drift(self) -> float:
         if self._drift is None:
             prompts = self.prompts.prompts[:_PROBES]
             draws = Draws(self.engine.config.seed, 0, tuple(range(len(prompts))))

@@ -10,7 +10,8 @@ from rewardprop_fast.rewards import Reward, name_of
 from rewardprop_fast.training.config import RunConfig, TrainConfig
 from rewardprop_fast.training.prompts import PromptSet
 
-_FREE = ("output", "steps", "device", "target_reward", "encoding")  # may change on resume
+# May change on resume: memory plans and where prompts are encoded do not change a bit of anything.
+_FREE = ("output", "steps", "device", "target_reward", "encoding", "memory_budget")
 _PARTS = ("prompts", "metadata", "reward", "reward_settings")
 
 

@@ -6,6 +6,7 @@ Imports nothing, so that the command can look for a run before torch is loaded.
 from __future__ import annotations
 
 CONFIG = "config.yaml"
+PLAN = "plan.json"
 METRICS = "metrics.jsonl"
 SUMMARY = "summary.json"
 REPORT = "report.html"

@@ -35,6 +35,10 @@ class RunFolder:
         """config.yaml, with every default spelled out."""
         atomic_write(self.path / run_files.CONFIG, dump_yaml(settings))
 
+    def write_plan(self, text: str) -> None:
+        """plan.json, as `memory_budget` takes it again."""
+        atomic_write(self.path / run_files.PLAN, text)
+
     def write_images(self, step: int, images: Tensor, prompts: Sequence[str]) -> None:
         """images/step_000100.png."""
         grid = report.image_grid(images, list(prompts))

@@ -18,7 +18,7 @@ from rewardprop_fast.errors import CheckpointError, ConfigError, NonFiniteError
 from rewardprop_fast.models import check_pipeline
 from rewardprop_fast.randomness import Draws, Stream
 from rewardprop_fast.rewards import Reward, name_of, prepare, probe
-from rewardprop_fast.training import checkpoint, report, run_files
+from rewardprop_fast.training import budget, checkpoint, report, run_files
 from rewardprop_fast.training.config import RunConfig, TrainConfig
 from rewardprop_fast.training.engine import Engine, Loss, StepResult, negative_mean, where
 from rewardprop_fast.training.evaluation import Evaluation, Evaluator
@@ -118,6 +118,11 @@ class RewardPropTrainer:
         self.optimizer = LoRAOptimizer(
             lora.lora_parameters(pipe.unet), config.optimizer, config.steps
         )
+        self.memory: budget.Memory | None = None
+        if config.memory_budget is not None:
+            plan = budget.make(config.memory_budget, pipe, reward, config, self.device)
+            self.memory = budget.Memory(plan, pipe, reward)
+            self.engine.watch = self.memory.phase
         self.evaluator = Evaluator(self.engine, heldout_reward, self.prompts)
         self.step = 0
         self._seconds = 0.0
@@ -163,7 +168,22 @@ class RewardPropTrainer:
             latents = self._latents(draws)
         elif tuple(latents.shape) != shape:
             raise ConfigError(f"latents have shape {tuple(latents.shape)}; expected {shape}.")
-        return self.engine.step(prompts, facts, latents, draws)
+        return self._batch(prompts, facts, latents, draws)
+
+    def _batch(
+        self,
+        prompts: list[str],
+        metadata: list[dict[str, Any]],
+        latents: Tensor,
+        draws: Draws,
+        weight: float = 1.0,
+    ) -> StepResult:
+        try:
+            return self.engine.step(prompts, metadata, latents, draws, weight)
+        except BaseException:
+            if self.memory is not None:
+                self.memory.reset()
+            raise
 
     def _latents(self, draws: Draws) -> Tensor:
         return randomness.latents(draws.seed, draws.step, draws.samples, self.engine.latent_shape)
@@ -186,7 +206,7 @@ class RewardPropTrainer:
             prompts = [self.prompts.prompts[i] for i in chosen]
             facts = [self.prompts.metadata[i] for i in chosen]
             weight = 1 / config.accumulation_steps
-            results.append(self.engine.step(prompts, facts, self._latents(draws), draws, weight))
+            results.append(self._batch(prompts, facts, self._latents(draws), draws, weight))
         update_started = time.perf_counter()
         norm = self.optimizer.gradient_norm()
         if not torch.isfinite(norm):
@@ -262,6 +282,8 @@ class RewardPropTrainer:
         folder = RunFolder(Path(config.output.directory), self._owns_folder)
         self._owns_folder = True
         folder.write_config((self.run_config or config).to_dict())
+        if self.memory is not None:
+            folder.write_plan(self.memory.plan.to_json())
         started = time.perf_counter()
         with (
             StopRequest() as stop,

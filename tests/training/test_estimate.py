@@ -1,0 +1,270 @@
+"""A step's memory foreseen: equal to the tracker's on the real step; plans stay within it."""
+
+from __future__ import annotations
+
+import math
+from contextlib import ExitStack
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from rewardprop_fast.errors import ConfigError
+from rewardprop_fast.memory import MemoryTracker, find_device
+from rewardprop_fast.memory.plan import Plan, Policy
+from rewardprop_fast.memory.planner import BudgetError, Limits
+from rewardprop_fast.methods import AlignProp, DRaFT
+from rewardprop_fast.models import load_bundled
+from rewardprop_fast.training.config import LoRAConfig, OutputConfig, SamplingConfig, TrainConfig
+from rewardprop_fast.training.dry_run import DryRun
+from rewardprop_fast.training.estimate import estimate, make_profile, plan_for
+from rewardprop_fast.training.trainer import RewardPropTrainer
+
+R, RO = Policy.RECOMPUTE, Policy.RECOMPUTE_OFFLOAD
+CARD = find_device("rtx3090")
+PLANS = {
+    "kept": Plan(),
+    "feed-forward": Plan(({"feed-forward": R},), {"resnet": R}),
+    "parts": Plan(({"feed-forward": R, "attention": R},), {"resnet": R, "attention": R}),
+    "blocks": Plan(({"transformer block": R, "resnet": R},), {"decoder block": R}),
+    "step": Plan(({"step": R},), {}, {"reward block": R}),
+    "by step": Plan(({"step": R, "transformer block": R}, {"resnet": R}, {})),
+}
+
+
+class Judge(nn.Module):
+    """A reward with layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(5)
+            self.layers = nn.Sequential(
+                nn.Sequential(nn.Conv2d(3, 8, 3, 2), nn.GELU()),
+                nn.Sequential(nn.Conv2d(8, 8, 3), nn.GELU()),
+                nn.Conv2d(8, 1, 1),
+            )
+
+    def forward(self, images: Tensor, prompts: list[str], metadata: list[Any]) -> Tensor:
+        return self.layers(images.to(self.layers[2].weight.dtype)).flatten(1).mean(1)
+
+
+def make(pipe: Any, method: Any, tmp_path: Any, **options: Any) -> RewardPropTrainer:
+    sampling = {"steps": 4, "guidance_scale": 3, **options.pop("sampling", {})}
+    config = TrainConfig(
+        **{
+            "method": method,
+            "sampling": SamplingConfig(**sampling),
+            "lora": LoRAConfig(rank=2),
+            "output": OutputConfig(directory=str(tmp_path / "run"), tensorboard=False, grid_size=1),
+            "batch_size": 2,
+            "steps": 1,
+            "dtype": "float32",
+            "device": "cpu",
+            **options,
+        }
+    )
+    return RewardPropTrainer(pipe, Judge(), ["a boat", "a dog"], config, progress="silent")
+
+
+def real(trainer: RewardPropTrainer) -> dict[str, int]:
+    """Peaks by phase of a step under whatever plan is at work."""
+    tracker = MemoryTracker()
+    for network in (trainer.pipe.unet, trainer.pipe.vae, trainer.reward):
+        tracker.count(network)
+    engine = trainer.engine
+    schedule = engine.schedule
+    tracker.count([schedule.timesteps, schedule.coefficients, schedule.signal, schedule.noise])
+    # Encoded before, since text encoders are not of the step, and held by the step alone; nor is
+    # looking at values of it.
+    encoded, encoder = [engine.encoder(["a boat", "a dog"])], engine.encoder
+    engine.encoder = lambda _: encoded.pop()
+    engine._score = lambda images, *rest: trainer.reward(images, *rest)
+    engine._is_finite = lambda _: True
+    watch = engine.watch
+
+    def both(phase: str) -> ExitStack:
+        stack = ExitStack()
+        stack.enter_context(watch(phase))
+        stack.enter_context(tracker.phase(phase))
+        return stack
+
+    engine.watch = both
+    with tracker:
+        trainer.training_step(["a boat", "a dog"], seed=3)
+    engine.watch, engine.encoder = watch, encoder
+    del engine._score, engine._is_finite
+    for parameter in trainer.parameters.values():
+        parameter.grad = None
+    return tracker.peak_by_phase
+
+
+@pytest.mark.parametrize("plan", PLANS)
+@pytest.mark.parametrize(
+    ("kind", "method", "options"),
+    [
+        ("sd", DRaFT(3), {"dtype": "bfloat16"}),
+        ("sdxl", DRaFT(1), {}),
+        ("bundled", DRaFT(None), {}),
+    ],
+)
+def test_the_estimate_is_the_real_steps_peak(
+    pipeline: Any, tmp_path: Any, kind: str, method: Any, options: Any, plan: str
+) -> None:
+    pipe = load_bundled() if kind == "bundled" else pipeline(kind)
+    file = tmp_path / "plan.json"
+    file.write_text(PLANS[plan].to_json())
+    trainer = make(pipe, method, tmp_path, memory_budget=str(file), **options)
+    found = real(trainer)
+    trainer.memory.close()
+    dry = DryRun.of_pipeline(pipe, trainer.reward, trainer.config)
+    foreseen = estimate(dry, PLANS[plan], CARD, optimizer=False)
+    for phase, peak in foreseen.by_phase.items():
+        assert found[phase] == pytest.approx(peak, rel=1e-3), phase
+    assert max(found.values()) == pytest.approx(foreseen.peak, rel=1e-3)
+
+
+@pytest.mark.parametrize(("kind", "k"), [("sd", 1), ("sdxl", 2), ("sd", 5)])
+def test_a_plan_composed_of_parts_is_never_over_its_budget_when_it_is_run(
+    pipeline: Any, tmp_path: Any, kind: str, k: int
+) -> None:
+    trainer = make(
+        pipeline(kind), DRaFT(k), tmp_path, sampling={"steps": 7, "height": 64, "width": 64}
+    )
+    dry = DryRun.of_pipeline(trainer.pipe, trainer.reward, trainer.config)
+    profile = make_profile(dry, CARD)
+    kept = plan_for(dry, profile, Limits(None))
+    # of the steps in between a latent more is counted than there is
+    latents = 4 * dry.config.batch_size * math.prod(dry.engine.latent_shape)
+    found = estimate(dry, kept.plan, CARD).peak
+    assert 0 <= kept.peak - found <= max(0, k - 2) * latents
+    with pytest.raises(BudgetError) as caught:
+        plan_for(dry, profile, Limits(1))
+    least = caught.value.least
+    for share in (0.0, 0.5):
+        budget = int(least + share * (kept.peak - least))
+        planned = plan_for(dry, profile, Limits(budget))
+        assert planned.peak <= budget
+        assert estimate(dry, planned.plan, CARD).peak <= budget
+        assert planned.plan.budget_bytes == budget
+        assert planned.seconds > kept.seconds
+
+
+def test_a_random_number_of_steps_is_planned_at_its_most(pipeline: Any, tmp_path: Any) -> None:
+    trainer = make(pipeline("sd"), AlignProp(k_max=3), tmp_path)
+    most = make(pipeline("sd"), DRaFT(3), tmp_path)
+    dry, other = (DryRun.of_pipeline(one.pipe, one.reward, one.config) for one in (trainer, most))
+    assert estimate(dry, Plan(), CARD).peak == estimate(other, Plan(), CARD).peak
+
+
+def test_weights_by_phase_are_taken_off_where_they_are_away(pipeline: Any, tmp_path: Any) -> None:
+    trainer = make(pipeline("sd"), DRaFT(1), tmp_path)
+    dry = DryRun.of_pipeline(trainer.pipe, trainer.reward, trainer.config)
+    there = estimate(dry, Plan(), CARD)
+    away = estimate(dry, Plan(residency="phases"), CARD)
+    frozen = sum(4 * p.numel() for p in trainer.pipe.unet.parameters() if not p.requires_grad)
+    assert there.by_phase["decode"] - away.by_phase["decode"] == frozen
+    assert away.by_phase["backward"] < there.by_phase["backward"]
+
+
+def test_what_is_offloaded_is_not_on_the_device(pipeline: Any, tmp_path: Any) -> None:
+    trainer = make(
+        pipeline("sd"), DRaFT(3), tmp_path, sampling={"height": 128, "width": 128}, batch_size=8
+    )
+    dry = DryRun.of_pipeline(trainer.pipe, trainer.reward, trainer.config)
+    blocks = estimate(dry, Plan(({"resnet": R},)), CARD)
+    away = estimate(dry, Plan(({"resnet": RO},)), CARD)
+    assert away.by_phase["decode"] < blocks.by_phase["decode"]
+
+
+# --- the trainer's setting ---
+
+
+def test_a_budget_changes_memory_and_no_gradient(pipeline: Any, tmp_path: Any) -> None:
+    free = make(pipeline("sd"), DRaFT(3), tmp_path, sampling={"height": 64, "width": 64})
+    peak = max(real(free).values())
+    free.training_step(["a boat", "a dog"], seed=3)
+    budget = f"{int(0.9 * peak)}B"
+    tight = make(
+        pipeline("sd"),
+        DRaFT(3),
+        tmp_path,
+        sampling={"height": 64, "width": 64},
+        memory_budget=budget,
+    )
+    assert tight.memory is not None
+    assert max(real(tight).values()) <= int(0.9 * peak)
+    tight.training_step(["a boat", "a dog"], seed=3)
+    for name, parameter in free.parameters.items():
+        assert torch.equal(parameter.grad, tight.parameters[name].grad), name
+
+
+def test_a_run_with_a_budget_writes_its_plan_and_can_go_on_with_another(
+    pipeline: Any, tmp_path: Any
+) -> None:
+    trainer = make(pipeline("sd"), DRaFT(1), tmp_path, memory_budget="1GiB", steps=2)
+    trainer.train(until=1)
+    plan = Plan.load(tmp_path / "run" / "plan.json")
+    assert plan == trainer.memory.plan
+    assert plan.made_for["k"] == 1
+    again = make(pipeline("sd"), DRaFT(1), tmp_path, memory_budget=None, steps=2)
+    assert again.resume() == 1
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("24 gigs", "'24 gigs' is no size; write a number and a unit, such as '24GiB'"),
+        ("missing.json", "there is no file 'missing.json'; `rewardprop plan --output"),
+        ("-3GiB", "'-3GiB' is no size"),
+    ],
+)
+def test_a_wrong_budget_is_refused_before_anything_else(setting: str, message: str) -> None:
+    with pytest.raises(ConfigError, match="memory_budget") as caught:
+        TrainConfig(memory_budget=setting).validate()
+    assert message in str(caught.value)
+
+
+def test_a_budget_that_cannot_be_met_names_the_least_that_works(
+    pipeline: Any, tmp_path: Any
+) -> None:
+    with pytest.raises(BudgetError, match=r"No plan fits into 1\.00 KiB: the least that works is"):
+        make(pipeline("sd"), DRaFT(1), tmp_path, memory_budget="1KiB")
+
+
+def test_a_reward_that_looks_at_values_cannot_be_foreseen(pipeline: Any, tmp_path: Any) -> None:
+    class Looks(Judge):
+        def forward(self, images: Tensor, *rest: Any) -> Tensor:
+            return super().forward(images * (1 if float(images.mean()) > 2 else 3), *rest)
+
+    pipe = pipeline("sd")
+    config = TrainConfig(method=DRaFT(1), device="cpu", dtype="float32", memory_budget="1GiB")
+    with pytest.raises(ConfigError, match="cannot be foreseen, because the reward 'Looks'"):
+        RewardPropTrainer(pipe, Looks(), ["a boat"], config, progress="silent")
+
+
+def test_a_plan_that_moves_memory_is_refused_on_a_cpu(pipeline: Any, tmp_path: Any) -> None:
+    file = tmp_path / "plan.json"
+    file.write_text(Plan(({"transformer block": RO},)).to_json())
+    with pytest.raises(ConfigError, match="on a CPU would copy memory to the same memory"):
+        make(pipeline("sd"), DRaFT(1), tmp_path, memory_budget=str(file))
+
+
+def test_an_interrupted_step_leaves_a_plan_ready_for_the_next(pipeline: Any, tmp_path: Any) -> None:
+    class Stops(Judge):
+        stop = False
+
+        def forward(self, images: Tensor, *rest: Any) -> Tensor:
+            if self.stop:
+                raise KeyboardInterrupt
+            return super().forward(images, *rest)
+
+    trainer = make(pipeline("sd"), DRaFT(2), tmp_path, memory_budget="1GiB")
+    before = trainer.training_step(["a boat", "a dog"], seed=3).loss
+    trainer.engine.reward = Stops()
+    trainer.engine.reward.stop = True
+    with pytest.raises(KeyboardInterrupt):
+        trainer.training_step(["a boat", "a dog"], seed=3)
+    trainer.engine.reward = trainer.reward
+    assert torch.equal(trainer.training_step(["a boat", "a dog"], seed=3).loss, before)
