@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from rewardprop_fast.memory import Reserved, replay
 from rewardprop_fast.memory.devices import Device
 from rewardprop_fast.memory.measure import Holding
 from rewardprop_fast.memory.planner import BudgetError, Limits, Planned, Planner, Residency
-from rewardprop_fast.memory.profile import Profile
+from rewardprop_fast.memory.profile import TAIL_PHASES, Profile
 from rewardprop_fast.training.dry_run import DryRun, gradient_steps_of
 from rewardprop_fast.training.estimate import TRAINED, Estimate, estimate, make_profile, planner_for
 
@@ -110,8 +110,6 @@ def forecast(
     if (exact or k <= EXACT_STEPS) and not planned.plan.offloads:
         say("Running the planned step on fake tensors ...")
         found = estimate(dry, planned.plan, device)
-        if planned.plan.residency == "phases":
-            found = by_phases(found, profiled)
     say("Trying other budgets ...")
     alternatives = [_alternative(planner, budget) for budget in others]
     resident = planned.plan.residency == "all"
@@ -138,23 +136,9 @@ def absent(weights: dict[str, int], phase: str, residency: Residency) -> set[str
     """Networks whose frozen weights are not on the device in a phase."""
     if residency == "all":
         return set()
-    if phase in ("decode", "reward", "decode_backward"):
+    if phase in TAIL_PHASES:
         return {"unet"}
     return weights.keys() - {"unet"}
-
-
-def by_phases(found: Estimate, profiled: Profile) -> Estimate:
-    """The same run with the weights on the device by phase: all that is alive stays, but those."""
-    weights = profiled.weights
-
-    def away(phase: str) -> int:
-        return sum(weights[name] for name in absent(weights, phase, "phases"))
-
-    by_phase = {phase: peak - away(phase) for phase, peak in found.by_phase.items()}
-    moments = [
-        replace(moment, nbytes=moment.nbytes - away(moment.phase)) for moment in found.moments
-    ]
-    return replace(found, peak=max(by_phase.values()), by_phase=by_phase, moments=moments)
 
 
 # --- who holds what ---
