@@ -29,7 +29,7 @@ from rewardprop_fast.rewards.shapes import tower
 from rewardprop_fast.training.config import LoRAConfig, SamplingConfig, TrainConfig
 from rewardprop_fast.training.dry_run import DryRun
 from rewardprop_fast.training.estimate import estimate, make_profile, planner_for
-from rewardprop_fast.training.forecast import by_phases, composed_timeline, timeline
+from rewardprop_fast.training.forecast import composed_timeline, timeline
 from rewardprop_fast.training.report import memory_plot
 
 _HERE = Path(__file__).parent
@@ -160,8 +160,6 @@ def planned(row: Row, dry: DryRun, profiled: Profile) -> dict[str, Any]:
     curve = composed_timeline(plan)
     if row.exact:
         found = estimate(dry, plan.plan, card)
-        if row.residency == "phases":
-            found = by_phases(found, profiled)
         peak, by_phase, how, curve = found.peak, found.by_phase, "exact", timeline(found)
     if row.plot:
         picture = memory_plot.Curve(
