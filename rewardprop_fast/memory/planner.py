@@ -74,6 +74,7 @@ class Limits:
         offload: whether inputs of recomputed units may go to host memory.
         residencies: which of "all" and "phases" may be taken.
         slack: share of the budget that is left free, for what a sum of parts may be short by.
+        apart: whether the device has memory of its own, so that moving to the host could help.
     """
 
     budget: int | None
@@ -82,6 +83,7 @@ class Limits:
     offload: bool = False
     residencies: tuple[Residency, ...] = ("all",)
     slack: float = 0.0
+    apart: bool = True
 
 
 @dataclass(frozen=True)
@@ -195,9 +197,9 @@ class Planner:
 
 def _advice(limits: Limits, gradient_steps: int) -> str:
     ways = []
-    if "phases" not in limits.residencies:
+    if limits.apart and "phases" not in limits.residencies:
         ways.append("residency by phases")
-    if not limits.offload:
+    if limits.apart and not limits.offload:
         ways.append("offloading")
     if gradient_steps > 1:
         ways.append("a smaller K")

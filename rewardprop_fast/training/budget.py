@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -64,9 +65,9 @@ def make(
         residencies: tuple[Residence, ...] = ("all", "phases")
         limits = Limits(budget, card.download, card.upload, True, residencies)
     else:
-        card, limits = find_device("cpu"), Limits(budget)
+        card, limits = find_device("cpu"), Limits(budget, apart=False)
     try:
-        dry = DryRun.of_pipeline(pipe, reward, config)
+        dry = DryRun.of_pipeline(pipe, reward, replace(config, device=device.type))
         profiled = make_profile(dry, card)
     except (DataDependentOutputException, DynamicOutputShapeException, AssertionError) as error:
         raise ConfigError(
@@ -110,9 +111,18 @@ class Memory:
     """
 
     def __init__(
-        self, plan: Plan, pipe: Any, reward: Reward, backend: Backend | None = None
+        self,
+        plan: Plan,
+        pipe: Any,
+        reward: Reward,
+        backend: Backend | None = None,
+        slab_bytes: int | None = None,
     ) -> None:
-        """Put ``plan`` to work. Args: backend: the device's, where the plan moves anything.
+        """Put ``plan`` to work.
+
+        Args:
+            backend: of whoever moves what the plan moves; None is the device's.
+            slab_bytes: host memory for what is offloaded; None is half of what is free.
 
         Raises:
             ConfigError: the plan names what is not there, or moves what a CPU has in one place.
@@ -121,26 +131,28 @@ class Memory:
         moves = plan.offloads or plan.residency == "phases"
         if moves and backend is None:
             backend = _backend(pipe.unet.device)
-        self.offloader: Offloader | None = None
-        if plan.offloads:
-            assert backend is not None
-            slab = int(_HOST_SHARE * free_host_memory())
-            never = [m for m in (pipe.unet, pipe.vae, reward) if isinstance(m, nn.Module)]
-            self.offloader = Offloader(backend, slab, never=never)
-        self.applied = policy.apply(plan, pipe.unet, pipe.vae, reward, offloader=self.offloader)
+        networks = {"unet": pipe.unet, "vae": pipe.vae, "reward": reward}
+        modules = {name: m for name, m in networks.items() if isinstance(m, nn.Module)}
         self.residency: Residency | None = None
         if plan.residency == "phases":
             assert backend is not None
-            modules: dict[str, nn.Module] = {"unet": pipe.unet, "vae": pipe.vae}
-            phases = _PHASES
-            if isinstance(reward, nn.Module):
-                modules["reward"] = reward
-            else:
-                phases = {name: needed - {"reward"} for name, needed in _PHASES.items()}
+            phases = {name: needed & modules.keys() for name, needed in _PHASES.items()}
             self.residency = Residency(modules, phases, backend, plan.budget_bytes)
+        self.offloader: Offloader | None = None
+        if plan.offloads:
+            assert backend is not None
+            slab = int(_HOST_SHARE * free_host_memory()) if slab_bytes is None else slab_bytes
+            self.offloader = Offloader(
+                backend, slab, never=modules.values(), weights=self.residency
+            )
+        self.applied = policy.apply(plan, pipe.unet, pipe.vae, reward, offloader=self.offloader)
 
     def phase(self, name: str) -> AbstractContextManager[None]:
-        """Surrounds a phase of a step: the weights it needs are on the device."""
+        """Surrounds a phase of a step: the weights it needs are on the device, and what the chain
+        sent to the host has left before the decoder begins.
+        """
+        if self.offloader is not None and name == TAIL_PHASES[0]:
+            self.offloader.flush()
         return nullcontext() if self.residency is None else self.residency.phase(name)
 
     def reset(self) -> None:

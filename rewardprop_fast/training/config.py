@@ -159,6 +159,9 @@ class OptimizerConfig(Settings):
     ema_decay: float | None = setting(
         None, above=0, below=1, help="Average the LoRA weights with this decay; null: no average."
     )
+    offload: bool = setting(
+        False, help="Keep AdamW's moments and the average in host memory, and update there."
+    )
 
 
 @dataclass(frozen=True)

@@ -149,8 +149,10 @@ class DryRun:
             for tensor in (*network.parameters(), *network.buffers())
         ]
         with self.mode:
-            copies = 2 + (self.config.optimizer.ema_decay is not None) if optimizer else 0
-            for _ in range(copies):
+            settings = self.config.optimizer
+            away = settings.offload and self.config.device != "cpu"
+            there = optimizer and not away
+            for _ in range(2 + (settings.ema_decay is not None) if there else 0):
                 held += [torch.empty_like(parameter) for parameter in self.trained]
         return held
 

@@ -83,7 +83,8 @@ def estimate(
         gradient_steps: run so many of the K steps; None is all.
         prefix: run so many UNet calls without gradients at most; two already find what the first
             has left.
-        optimizer: whether its state is there, which it is from the first update on.
+        optimizer: whether its state is there, which it is from the first update on, unless the
+            config keeps it on the host.
     """
     engine, pipe = dry.engine, dry.engine.pipe
     networks = {"unet": pipe.unet, "vae": pipe.vae, "reward": engine.reward}

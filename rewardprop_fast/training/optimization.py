@@ -29,17 +29,29 @@ def learning_rate(config: OptimizerConfig, step: int, steps: int) -> float:
 class LoRAOptimizer:
     """AdamW (1711.05101) over named fp32 parameters, in place, with clipping and optional EMA.
 
+    With `config.offload` moments and average are in host memory, and the update is done there: the
+    gradients are copied to it and the parameters back, 8 bytes a parameter and step.
+
     Args:
         parameters: name -> parameter, in a stable order.
         steps: length of the run, which the schedule needs.
+        offload: None for what the config says, which on a CPU changes nothing.
     """
 
     def __init__(
-        self, parameters: Mapping[str, nn.Parameter], config: OptimizerConfig, steps: int
+        self,
+        parameters: Mapping[str, nn.Parameter],
+        config: OptimizerConfig,
+        steps: int,
+        offload: bool | None = None,
     ) -> None:
         self.parameters, self.config, self.steps = dict(parameters), config, steps
+        if offload is None:
+            offload = config.offload and any(not p.is_cpu for p in self.parameters.values())
+        self._host = _on_host(self.parameters) if offload else None
+        self._updated = self._host or self.parameters
         self.adamw = torch.optim.AdamW(
-            self.parameters.values(),
+            self._updated.values(),
             lr=config.learning_rate,
             betas=config.betas,
             eps=config.epsilon,
@@ -47,7 +59,7 @@ class LoRAOptimizer:
         )
         self.average: dict[str, Tensor] | None = None
         if config.ema_decay is not None:
-            self.average = {k: p.detach().clone() for k, p in self.parameters.items()}
+            self.average = {k: p.detach().clone() for k, p in self._updated.items()}
 
     def gradient_norm(self) -> Tensor:
         """Norm of the gradient over all parameters, (); clips the gradient to max_grad_norm."""
@@ -58,21 +70,38 @@ class LoRAOptimizer:
 
     def clear(self) -> None:
         """Forget the gradients."""
-        self.adamw.zero_grad(set_to_none=True)
+        for parameter in self.parameters.values():
+            parameter.grad = None
 
     def update(self, step: int) -> float:
         """Apply the gradients as update `step` (0-based) and clear them; returns the rate used."""
         rate = learning_rate(self.config, step, self.steps)
         for group in self.adamw.param_groups:
             group["lr"] = rate
+        self._to_host()
         self.adamw.step()
+        self._from_host()
         self.clear()
         if self.average is not None:
             # the usual ramp: early averages follow, later ones remember
             decay = min(self.config.ema_decay or 0.0, (1 + step) / (10 + step))
-            for name, parameter in self.parameters.items():
+            for name, parameter in self._updated.items():
                 self.average[name].lerp_(parameter.detach(), 1 - decay)
         return rate
+
+    @torch.no_grad()
+    def _to_host(self) -> None:
+        """Values, too: somebody may have written to the parameters since."""
+        for name, copy in (self._host or {}).items():
+            parameter = self.parameters[name]
+            copy.copy_(parameter)
+            copy.grad = None if parameter.grad is None else parameter.grad.to("cpu")
+
+    @torch.no_grad()
+    def _from_host(self) -> None:
+        for name, copy in (self._host or {}).items():
+            self.parameters[name].copy_(copy)
+            copy.grad = None
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
@@ -96,7 +125,7 @@ class LoRAOptimizer:
         """Tensor groups for a checkpoint: "optimizer", and "average" where one is kept."""
         moments = {
             f"{key}/{name}": self.adamw.state[p][key].detach().clone()
-            for name, p in self.parameters.items()
+            for name, p in self._updated.items()
             for key in _STATE
             if p in self.adamw.state
         }
@@ -109,7 +138,7 @@ class LoRAOptimizer:
         """Take back what `state` gave. Raises KeyError where a parameter is missing."""
         moments = groups["optimizer"]
         self.adamw.state.clear()
-        for name, p in self.parameters.items() if moments else ():
+        for name, p in self._updated.items() if moments else ():
             self.adamw.state[p] = {
                 # torch keeps the step counter on the CPU whatever the parameter's device
                 key: moments[f"{key}/{name}"].clone().to("cpu" if key == "step" else p.device)
@@ -118,3 +147,12 @@ class LoRAOptimizer:
         if self.average is not None:
             for name, tensor in groups["average"].items():
                 self.average[name].copy_(tensor)
+
+
+def _on_host(parameters: Mapping[str, nn.Parameter]) -> dict[str, nn.Parameter]:
+    """Copies of them, in memory that a GPU copies to and from directly."""
+    copies = {}
+    for name, parameter in parameters.items():
+        memory = torch.empty_like(parameter, device="cpu", pin_memory=parameter.is_cuda)
+        copies[name] = nn.Parameter(memory.copy_(parameter.detach()))
+    return copies

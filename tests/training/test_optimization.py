@@ -124,6 +124,30 @@ def test_without_an_average_nothing_is_exchanged():
     assert "average" not in optimizer.state()
 
 
+def test_on_the_host_it_is_the_same_to_the_last_bit():
+    config = OptimizerConfig(learning_rate=0.1, ema_decay=0.9, schedule="cosine")
+    here, there = (LoRAOptimizer(parameters(), config, 6, offload) for offload in (False, True))
+    own = {id(p) for p in there.parameters.values()}
+    for step in range(5):
+        for optimizer in (here, there):
+            give_gradients(optimizer.parameters, step)
+            if step == 3:
+                optimizer.parameters["a"].data.mul_(2)  # somebody else's doing
+                del optimizer.parameters["b"].grad
+            optimizer.update(step)
+            assert all(p.grad is None for p in optimizer.parameters.values())
+        if step == 1:  # goes on from what was saved, whichever of the two it was
+            saved, also = here.state(), there.state()
+            assert saved["optimizer"].keys() == also["optimizer"].keys()
+            here.load(also)
+            there.load(saved)
+        for name, parameter in here.parameters.items():
+            assert torch.equal(parameter, there.parameters[name])
+            assert torch.equal(here.average[name], there.average[name])
+    assert {id(p) for p in there.parameters.values()} == own
+    assert not own & {id(p) for p in there.adamw.state}
+
+
 @pytest.mark.parametrize("ema", [None, 0.9])
 def test_state_goes_on_bit_by_bit(ema):
     config = OptimizerConfig(learning_rate=0.1, ema_decay=ema)
