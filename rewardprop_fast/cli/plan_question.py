@@ -69,9 +69,10 @@ class Question:
 
     def _reward(self, dtype: torch.dtype) -> Reward:
         if self.specs:
-            from rewardprop_fast.rewards import build_all
+            from rewardprop_fast.rewards import build_all, prepare
 
-            return build_all([(spec.name, spec.weight, spec.args) for spec in self.specs])
+            made = build_all([(spec.name, spec.weight, spec.args) for spec in self.specs])
+            return prepare(made, "cpu", dtype)
         if self.reward == "none":
             return _brightness
         from rewardprop_fast.rewards.shapes import tower

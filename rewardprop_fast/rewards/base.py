@@ -6,8 +6,9 @@ A reward is any callable ``(images, prompts, metadata) -> values``:
 - ``prompts``: list of B strings; ``metadata``: list of B dicts (whatever came with the prompts);
 - ``values``: (B,) float tensor, one per image, higher is better, differentiable in ``images``.
 
-Two attributes are read where they exist: ``name`` (str, for reports) and ``members`` (the rewards
-an ensemble is made of, each of which is checked by itself).
+Attributes that are read where they exist: ``name`` (str, for reports), ``members`` (the rewards an
+ensemble is made of, each of which is checked by itself), ``differentiable`` (False says that there
+is no gradient by nature) and ``compute_in`` (a method that takes the run's dtype).
 """
 
 from __future__ import annotations
@@ -27,10 +28,10 @@ Reward = Callable[[Tensor, list[str], list[dict[str, Any]]], Tensor]
 
 _CONTRACT = "a reward is called as reward(images, prompts, metadata) and returns a (B,) tensor"
 _NO_GRADIENT_ADVICE = (
-    "Gradient methods (DRaFT, DRaFT-LV, AlignProp) cannot use it. Make it differentiable: no "
-    "torch.no_grad(), .detach(), .item(), numpy, rounding or argmax between the images and the "
-    "result. For a reward that cannot be made differentiable the method is DDPO (policy gradient, "
-    "arXiv 2305.13301), which this library does not have yet."
+    "Methods that differentiate the reward (DRaFT, AlignProp and the like) cannot use it. Make it "
+    "differentiable: no torch.no_grad(), .detach(), .item(), numpy, rounding or argmax between the "
+    "images and the result. For a reward that cannot be made differentiable the method is DDPO "
+    "(policy gradient, arXiv 2305.13301)."
 )
 
 
@@ -45,15 +46,26 @@ def name_of(reward: object) -> str:
     return "lambda" if name == "<lambda>" else str(name)
 
 
-def prepare(reward: Reward, device: torch.device | str) -> Reward:
+def prepare(reward: Reward, device: torch.device | str, dtype: torch.dtype | None = None) -> Reward:
     """Freeze a reward module and move it to ``device``, in place; other callables pass through.
 
     Without the freeze, every step would compute and keep gradients of the reward model's own
-    weights.
+    weights. ``dtype``, the run's compute dtype, is offered to every module in it with a method
+    ``compute_in``; the others stay in what they were made in.
     """
     if isinstance(reward, nn.Module):
         reward.eval().requires_grad_(False).to(device)
+        for module in reward.modules():
+            compute_in = getattr(module, "compute_in", None)
+            if dtype is not None and callable(compute_in):
+                compute_in(dtype)
     return reward
+
+
+def is_differentiable(reward: object) -> bool:
+    """False where a reward, or a member of it, says of itself that it has no gradient."""
+    members = getattr(reward, "members", ())
+    return bool(getattr(reward, "differentiable", True)) and all(map(is_differentiable, members))
 
 
 def check_signature(reward: object) -> None:
@@ -105,20 +117,30 @@ def evaluate(
 
 
 def check(
-    reward: Reward, images: Tensor, prompts: Sequence[str], metadata: Sequence[dict[str, Any]]
+    reward: Reward,
+    images: Tensor,
+    prompts: Sequence[str],
+    metadata: Sequence[dict[str, Any]],
+    needs_gradient: bool = True,
 ) -> Tensor:
-    """Call a reward once and refuse, with a RewardError, one that gradient methods cannot train on.
+    """Call a reward once and refuse, with a RewardError, one that cannot be trained on.
 
     Refused are a wrong signature, an exception, a wrong type or shape, non-finite values, no
     gradient with respect to the images (none at all, or zero everywhere) and a non-finite gradient.
     The members of an ensemble are checked one by one, since a member without gradient would hide
     behind the others. ``images`` (B, 3, H, W) is not changed, and no ``.grad`` is filled anywhere.
-    Returns the values (B,).
+    ``needs_gradient``: False for a method that does not differentiate the reward (DDPO); nothing is
+    asked of the gradient then. Returns the values (B,).
     """
     check_signature(reward)
-    for member in getattr(reward, "members", ()):
-        check(member, images, prompts, metadata)
     name = name_of(reward)
+    if needs_gradient and not getattr(reward, "differentiable", True):
+        raise RewardError(f"The reward {name!r} has no gradient by nature. {_NO_GRADIENT_ADVICE}")
+    for member in getattr(reward, "members", ()):
+        check(member, images, prompts, metadata, needs_gradient)
+    if not needs_gradient:
+        with torch.no_grad():
+            return evaluate(reward, images.detach(), prompts, metadata).detach()
     with torch.inference_mode(False), torch.enable_grad():
         leaf = images.detach().clone().requires_grad_(True)
         values = evaluate(reward, leaf, prompts, metadata)
@@ -161,6 +183,7 @@ def probe(
     metadata: Sequence[dict[str, Any]] = (),
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
+    needs_gradient: bool = True,
 ) -> Tensor:
     """`check` on two synthetic images: what the trainer runs before it starts.
 
@@ -174,6 +197,7 @@ def probe(
         images,
         _cycle(prompts or ["a photo of a cat", "a photo of a dog"], batch_size),
         _cycle(metadata or [{}], batch_size),
+        needs_gradient,
     )
 
 

@@ -20,11 +20,14 @@ from rewardprop_fast.rewards.ensemble import Ensemble
 # others.
 REWARDS: Mapping[str, str] = MappingProxyType(
     {
+        "brightness": "rewardprop_fast.rewards.brightness:BrightnessReward",
         "alignment": "rewardprop_fast.rewards.alignment:AlignmentReward",
         "colour": "rewardprop_fast.rewards.colour:ColourReward",
         "jpeg_compressibility": "rewardprop_fast.rewards.jpeg:JPEGCompressibility",
         "jpeg_incompressibility": "rewardprop_fast.rewards.jpeg:JPEGIncompressibility",
+        "jpeg_size": "rewardprop_fast.rewards.jpeg_size:JPEGSize",
         "style": "rewardprop_fast.rewards.style:StyleReward",
+        "symmetry": "rewardprop_fast.rewards.symmetry:SymmetryReward",
     }
 )
 

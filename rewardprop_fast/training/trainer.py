@@ -93,7 +93,7 @@ class RewardPropTrainer:
         self.reward = reward
         for scored in (reward, heldout_reward):
             if scored is not None:
-                prepare(scored, self.device)
+                prepare(scored, self.device, self.dtype)
         probe(
             reward,
             self.engine.height,

@@ -82,7 +82,6 @@ def test_no_gradient_is_refused_and_points_to_ddpo():
         "'lambda'",
         "no gradient",
         "DDPO",
-        "does not have yet",
     )
 
 
@@ -289,3 +288,65 @@ def test_names():
     assert rewards.name_of(functools.partial(brightness, scale=2)) == "brightness"
     assert rewards.name_of(TwoArguments()) == "TwoArguments"
     assert rewards.name_of(lambda i, p, m: i) == "lambda"
+
+
+class ByNature:
+    """Has no gradient and says so."""
+
+    name, differentiable = "count", False
+
+    def __call__(self, images, prompts, metadata):
+        return (images > 0.5).float().mean(dim=(1, 2, 3))
+
+
+def test_a_reward_without_gradient_by_nature_is_refused_in_its_own_words():
+    refuse(ByNature(), "'count' has no gradient by nature", "DDPO", "2305.13301")
+    ensemble = rewards.Ensemble([(brightness, 1.0), (ByNature(), 1.0)])
+    refuse(ensemble, "'count' has no gradient by nature")
+    assert not rewards.is_differentiable(ensemble)
+    assert rewards.is_differentiable(rewards.Ensemble([(brightness, 1.0)]))
+
+
+@pytest.mark.parametrize(
+    "reward", [ByNature(), rewards.Ensemble([(ByNature(), 2.0), (brightness, 1.0)])]
+)
+def test_where_no_gradient_is_needed_none_is_asked_for(reward):
+    values = rewards.probe(reward, 16, 24, PROMPTS, METADATA, needs_gradient=False)
+    expected = reward(probe_images(16, 24), PROMPTS, METADATA)
+    torch.testing.assert_close(values, expected)
+    assert not values.requires_grad
+
+
+def test_where_no_gradient_is_needed_the_rest_is_still_asked_for():
+    def one_value(images, prompts, metadata):
+        return images.mean()
+
+    with pytest.raises(RewardError, match="one value per image"):
+        rewards.probe(one_value, 16, 24, PROMPTS, METADATA, needs_gradient=False)
+    with pytest.raises(RewardError, match="arguments"):
+        rewards.probe(lambda images: images, 16, 24, needs_gradient=False)
+
+
+def test_the_compute_dtype_reaches_whoever_takes_it():
+    class Takes(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = nn.Linear(2, 2)
+            self.own = nn.Linear(2, 2)
+
+        def compute_in(self, dtype):
+            self.inner.to(dtype)
+
+        def forward(self, images, prompts, metadata):
+            return images.mean(dim=(1, 2, 3))
+
+    alone, member, other = Takes(), Takes(), nn.Linear(2, 2)
+    rewards.prepare(alone, "cpu", torch.bfloat16)
+    other.forward = brightness
+    rewards.prepare(rewards.Ensemble([(member, 1.0), (other, 2.0)]), "cpu", torch.bfloat16)
+    for reward in (alone, member):
+        assert reward.inner.weight.dtype == torch.bfloat16
+        assert reward.own.weight.dtype == torch.float32
+    assert other.weight.dtype == torch.float32
+    rewards.prepare(alone, "cpu")
+    assert alone.inner.weight.dtype == torch.bfloat16

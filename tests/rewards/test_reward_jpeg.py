@@ -14,6 +14,8 @@ from torch.nn import functional as F
 from rewardprop_fast import rewards
 from rewardprop_fast.errors import ConfigError
 from rewardprop_fast.rewards import jpeg
+from rewardprop_fast.rewards.jpeg_size import jpeg_bytes
+from tests.rewards.images import crops
 
 SIZES = [(64, 64), (67, 45), (34, 18), (101, 130)]
 
@@ -240,3 +242,45 @@ def test_chroma_at_the_edge_does_not_look_at_the_padding(width):
     edge = 1.5 * chroma[..., -2] - 0.5 * chroma[..., -3]
     torch.testing.assert_close(chroma[..., -1], edge, rtol=0, atol=1e-12)
     assert (chroma[..., -1] - chroma[..., -2]).abs().max() > 1e-3
+
+
+def rank_correlation(one, other):
+    ranks = [torch.as_tensor(numbers).argsort().argsort().double() for numbers in (one, other)]
+    return torch.corrcoef(torch.stack(ranks))[0, 1].item()
+
+
+def two_hundred(size=64):
+    """Squares of a photograph: as they are, blurred, with noise, and with other contrast."""
+    images = crops(200, size, seed=1)
+    draw = np.random.default_rng(2)
+    for index, amount in enumerate(draw.random(len(images))):
+        image = images[index : index + 1]
+        if index % 4 == 1:
+            small = F.interpolate(image, scale_factor=1 - 0.9 * amount, mode="area")
+            image = F.interpolate(small, (size, size), mode="bicubic")
+        elif index % 4 == 2:
+            image = image + 0.1 * amount * torch.from_numpy(draw.normal(size=image.shape)).float()
+        elif index % 4 == 3:
+            image = 0.5 + (image - 0.5) * (0.2 + amount)
+        images[index : index + 1] = image.clamp(0, 1)
+    return images
+
+
+def test_both_measures_rank_two_hundred_pictures_as_their_real_files_do():
+    """The size over all qualities; the change, which is what JPEG loses, at the default one."""
+    images = two_hundred()
+    empty = [""] * 200, [{}] * 200
+    for quality in (20, 50, 80, 95):
+        sizes = [float(jpeg_bytes(image, quality)) for image in images]
+        size = rewards.JPEGIncompressibility(quality, "size")(images, *empty)
+        assert rank_correlation(size, sizes) > 0.97
+        assert (size / (torch.tensor(sizes) / 1000)).log().abs().mean() < 0.1
+        if quality >= 80:
+            change = rewards.JPEGIncompressibility(quality)(images, *empty)
+            assert rank_correlation(change, sizes) > 0.9
+
+
+def test_free_pixels_that_ascend_the_size_make_a_much_smaller_real_file():
+    start = picture(48, 48, 0.05)
+    after = ascend(rewards.JPEGCompressibility(80, "size"), start)
+    assert jpeg_bytes(after[0], 80) < 0.75 * jpeg_bytes(start[0], 80)

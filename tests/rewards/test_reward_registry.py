@@ -63,16 +63,22 @@ def message_of(function, *args, **kwargs):
 def test_the_names_of_the_contract_are_registered():
     assert set(rewards.REWARDS) == {
         "alignment",
+        "brightness",
         "colour",
         "jpeg_compressibility",
         "jpeg_incompressibility",
+        "jpeg_size",
         "style",
+        "symmetry",
     }
     with pytest.raises(TypeError):
         rewards.REWARDS["mine"] = "a:b"
 
 
-@pytest.mark.parametrize("name", ["colour", "jpeg_compressibility", "jpeg_incompressibility"])
+@pytest.mark.parametrize(
+    "name",
+    ["brightness", "colour", "jpeg_compressibility", "jpeg_incompressibility", "symmetry"],
+)
 def test_built_rewards_carry_their_registered_name_and_pass_the_probe(name):
     reward = rewards.build(name)
     assert rewards.name_of(reward) == name
