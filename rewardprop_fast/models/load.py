@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from huggingface_hub import try_to_load_from_cache
 
+from rewardprop_fast import hub
 from rewardprop_fast.errors import ModelError
-from rewardprop_fast.models import hub
 from rewardprop_fast.models.support import check_pipeline
 
 #: Folder of the trained text-to-image pipeline that ships with the package.

@@ -11,8 +11,8 @@ from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 
+from rewardprop_fast import hub
 from rewardprop_fast.errors import ModelError
-from rewardprop_fast.models import hub
 from rewardprop_fast.models.load import cannot_load, locate
 
 

@@ -20,12 +20,16 @@ from rewardprop_fast.rewards.ensemble import Ensemble
 # others.
 REWARDS: Mapping[str, str] = MappingProxyType(
     {
-        "brightness": "rewardprop_fast.rewards.brightness:BrightnessReward",
+        "aesthetic": "rewardprop_fast.rewards.aesthetic:Aesthetic",
         "alignment": "rewardprop_fast.rewards.alignment:AlignmentReward",
+        "brightness": "rewardprop_fast.rewards.brightness:BrightnessReward",
+        "clip_score": "rewardprop_fast.rewards.clip:ClipReward",
         "colour": "rewardprop_fast.rewards.colour:ColourReward",
+        "hps": "rewardprop_fast.rewards.hps:HPS",
         "jpeg_compressibility": "rewardprop_fast.rewards.jpeg:JPEGCompressibility",
         "jpeg_incompressibility": "rewardprop_fast.rewards.jpeg:JPEGIncompressibility",
         "jpeg_size": "rewardprop_fast.rewards.jpeg_size:JPEGSize",
+        "pickscore": "rewardprop_fast.rewards.pickscore:PickScore",
         "style": "rewardprop_fast.rewards.style:StyleReward",
         "symmetry": "rewardprop_fast.rewards.symmetry:SymmetryReward",
     }

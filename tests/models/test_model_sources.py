@@ -10,8 +10,8 @@ import pytest
 import torch
 from huggingface_hub import constants
 
+from rewardprop_fast import hub
 from rewardprop_fast.errors import ModelError
-from rewardprop_fast.models import hub
 from rewardprop_fast.models.load import locate
 from rewardprop_fast.models.random_init import tiny_stable_diffusion
 from rewardprop_fast.models.skeleton import load_skeleton

@@ -62,12 +62,16 @@ def message_of(function, *args, **kwargs):
 
 def test_the_names_of_the_contract_are_registered():
     assert set(rewards.REWARDS) == {
+        "aesthetic",
         "alignment",
         "brightness",
+        "clip_score",
         "colour",
+        "hps",
         "jpeg_compressibility",
         "jpeg_incompressibility",
         "jpeg_size",
+        "pickscore",
         "style",
         "symmetry",
     }
