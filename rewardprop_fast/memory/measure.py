@@ -73,7 +73,7 @@ class MemoryTracker(TorchDispatchMode):
         self._device_type = device_type
         self._holdings: list[Holding] = []  # all that were ever alive, in the order of their making
         self._log: list[int] = []  # i: the i-th became alive, ~i: it was freed
-        self._peak_at = 0  # length of the log at the peak
+        self._peak_at: dict[str, int] = {}  # phase -> length of the log at its peak
         self._alive: dict[int, int] = {}  # address of the storage object -> index of its holding
         self._deaths: dict[int, weakref.ref[Any]] = {}  # index -> what tells of its end
         self._operators: dict[Any, str] = {}  # operation -> its name
@@ -121,10 +121,12 @@ class MemoryTracker(TorchDispatchMode):
         """What is alive now, the largest first."""
         return _largest_first(self._holdings[index] for index in self._alive.values())
 
-    def alive_at_peak(self) -> list[Holding]:
-        """What was alive when most was, the largest first."""
+    def alive_at_peak(self, phase: str | None = None) -> list[Holding]:
+        """What was alive when most was, in a phase or in all, the largest first."""
+        if phase is None:
+            phase = max(self.peak_by_phase, key=self.peak_by_phase.__getitem__, default=NO_PHASE)
         found: dict[int, Holding] = {}
-        for entry in self._log[: self._peak_at]:
+        for entry in self._log[: self._peak_at.get(phase, 0)]:
             if entry >= 0:
                 found[entry] = self._holdings[entry]
             else:
@@ -211,10 +213,10 @@ class MemoryTracker(TorchDispatchMode):
 
     def _note_peak(self) -> None:
         self._lap = max(self._lap, self.live_bytes)
-        if self.live_bytes > self.peak_bytes:
-            self.peak_bytes, self._peak_at = self.live_bytes, len(self._log)
+        self.peak_bytes = max(self.peak_bytes, self.live_bytes)
         if self.live_bytes > self.peak_by_phase.get(self._phase, -1):
             self.peak_by_phase[self._phase] = self.live_bytes
+            self._peak_at[self._phase] = len(self._log)
 
     def _enter_module(self, module: nn.Module, _: Any) -> None:
         own = self._names.get(module)

@@ -27,7 +27,7 @@ from rewardprop_fast.memory.sizes import format_bytes, parse_bytes
 from rewardprop_fast.rewards import Reward, name_of
 from rewardprop_fast.training.config import TrainConfig
 from rewardprop_fast.training.dry_run import DryRun
-from rewardprop_fast.training.estimate import make_profile, plan_for
+from rewardprop_fast.training.estimate import make_profile, make_room, plan_for
 
 AUTO = "auto"
 
@@ -148,11 +148,8 @@ class Memory:
         self.applied = policy.apply(plan, pipe.unet, pipe.vae, reward, offloader=self.offloader)
 
     def phase(self, name: str) -> AbstractContextManager[None]:
-        """Surrounds a phase of a step: the weights it needs are on the device, and what the chain
-        sent to the host has left before the decoder begins.
-        """
-        if self.offloader is not None and name == TAIL_PHASES[0]:
-            self.offloader.flush()
+        """Surrounds a phase of a step: the weights it needs are on the device."""
+        make_room(self.offloader, name)
         return nullcontext() if self.residency is None else self.residency.phase(name)
 
     def reset(self) -> None:

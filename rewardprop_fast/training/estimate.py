@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from rewardprop_fast.memory import MemoryTracker, Workspaces, policy
 from rewardprop_fast.memory.cost import CostCounter
 from rewardprop_fast.memory.devices import Device
 from rewardprop_fast.memory.measure import Holding
-from rewardprop_fast.memory.offload import MIB
+from rewardprop_fast.memory.offload import Offloader
 from rewardprop_fast.memory.plan import Plan
 from rewardprop_fast.memory.planner import Limits, Planned, Planner
-from rewardprop_fast.memory.profile import Networks, Profile, absent, profile
+from rewardprop_fast.memory.profile import TAIL_PHASES, Networks, Profile, absent, profile
+from rewardprop_fast.memory.scheduling.backend import COMPUTE
+from rewardprop_fast.memory.scheduling.double import Double
 from rewardprop_fast.methods import DRaFTLV
 from rewardprop_fast.training.dry_run import PREFIX, DryRun, gradient_steps_of
 
@@ -26,6 +27,9 @@ TRAINED = "trained"
 
 #: Of a budget, left free: what a plan composed of parts may be short by.
 _SLACK = 0.0015
+
+#: Bytes; more than anybody has.
+_ENDLESS = 2**50
 
 
 @dataclass(frozen=True)
@@ -52,7 +56,7 @@ class Estimate:
         resident: bytes alive all the time.
         holdings: what was alive at the peak, the largest first. `Holding.module` begins with the
             network, "unet", "vae" or "reward"; of parameters it is the network alone, or `TRAINED`.
-        seconds: modelled, of the steps that were run.
+        seconds: modelled, of the steps that were run, waiting for copies included.
         moments: bytes over the step, one entry an operation.
         events: for `memory.replay`.
         workspace: most bytes that an operation of the library uses for itself, on ``device``.
@@ -92,14 +96,14 @@ def estimate(
     counter = CostCounter()
     workspaces = _workspaces(device)
     moments: list[Moment] = []
-    seconds = 0.0
+    double = Double(_ENDLESS, _ENDLESS, device.download, device.upload, values=False)
 
     def see(func: Any, args: Any, kwargs: Any, output: Any) -> None:
-        nonlocal seconds
-        seconds += device.seconds(counter.see(func, args, kwargs, output))
+        double.compute(device.seconds(counter.see(func, args, kwargs, output)))
         workspaces.see(func, args, kwargs)
         phase = tracker.current_phase
-        moments.append(Moment(seconds, tracker.live_bytes - away.get(phase, 0), phase))
+        nbytes = tracker.live_bytes - away.get(phase, 0)
+        moments.append(Moment(double.ready[COMPUTE], nbytes, phase))
 
     away = absent(plan, pipe.unet, pipe.vae, engine.reward)
 
@@ -110,8 +114,14 @@ def estimate(
         tracker.count(module, name)
     tracker.count(held, TRAINED)
     resident = tracker.live_bytes
-    applied = policy.apply(plan, pipe.unet, pipe.vae, engine.reward, offloader=_Elsewhere())
-    engine.watch = tracker.phase
+    offloader = Offloader(double, _ENDLESS, never=modules.values()) if plan.offloads else None
+    applied = policy.apply(plan, pipe.unet, pipe.vae, engine.reward, offloader=offloader)
+
+    def watch(phase: str) -> AbstractContextManager[None]:
+        make_room(offloader, phase)
+        return tracker.phase(phase)
+
+    engine.watch = watch
     try:
         with tracker:
             dry.step(gradient_steps, prefix)
@@ -120,38 +130,35 @@ def estimate(
     by_phase = {
         name: peak - away.get(name, 0) for name, peak in tracker.peak_by_phase.items() if name
     }
+    highest = max(by_phase, key=by_phase.__getitem__)
+    elsewhere = absent_networks(highest, plan.residency)
     return Estimate(
-        max(by_phase.values()),
+        by_phase[highest],
         by_phase,
         resident,
-        tracker.alive_at_peak(),
-        seconds,
+        [
+            holding
+            for holding in tracker.alive_at_peak(highest)
+            if holding.operator != "given" or holding.module not in elsewhere
+        ],
+        double.ready[COMPUTE],
         moments,
         tracker.events(),
         workspaces.peak,
     )
 
 
-class _Elsewhere:
-    """An offloader of tensors without values: they are gone, and come back empty."""
+def absent_networks(phase: str, residency: str) -> set[str]:
+    """Networks whose frozen weights are not on the device in a phase."""
+    if residency == "all":
+        return set()
+    return {"unet"} if phase in TAIL_PHASES else {"vae", "reward"}
 
-    @contextmanager
-    def segment(self, name: str) -> Iterator[None]:
-        with torch.autograd.graph.saved_tensors_hooks(self._pack, self._unpack):
-            yield
 
-    @staticmethod
-    def _pack(tensor: Tensor) -> Any:
-        if isinstance(tensor, nn.Parameter) or tensor.untyped_storage().nbytes() < MIB:
-            return tensor
-        return tensor.shape, tensor.stride(), tensor.dtype
-
-    @staticmethod
-    def _unpack(packed: Any) -> Tensor:
-        if isinstance(packed, Tensor):
-            return packed
-        shape, stride, dtype = packed
-        return torch.empty_strided(shape, stride, dtype=dtype)
+def make_room(offloader: Offloader | None, phase: str) -> None:
+    """Before a phase: what the chain sent to the host leaves before the decoder begins."""
+    if offloader is not None and phase == TAIL_PHASES[0]:
+        offloader.flush()
 
 
 def make_profile(dry: DryRun, device: Device) -> Profile:

@@ -13,10 +13,17 @@ from dataclasses import dataclass
 from rewardprop_fast.memory import Reserved, replay
 from rewardprop_fast.memory.devices import Device
 from rewardprop_fast.memory.measure import Holding
-from rewardprop_fast.memory.planner import BudgetError, Limits, Planned, Planner, Residency
-from rewardprop_fast.memory.profile import TAIL_PHASES, Profile
+from rewardprop_fast.memory.planner import BudgetError, Limits, Planned, Planner
+from rewardprop_fast.memory.profile import Profile
 from rewardprop_fast.training.dry_run import DryRun, gradient_steps_of
-from rewardprop_fast.training.estimate import TRAINED, Estimate, estimate, make_profile, planner_for
+from rewardprop_fast.training.estimate import (
+    TRAINED,
+    Estimate,
+    absent_networks,
+    estimate,
+    make_profile,
+    planner_for,
+)
 
 #: Of a card's memory: for the driver's context (0.3 to 0.5 GiB), the workspaces of its libraries
 #: and what lies idle between the allocator's blocks. An assumption; nothing was run on a GPU.
@@ -107,7 +114,7 @@ def forecast(
     planner = planner_for(dry, profiled, limits)
     planned = planner.plan(limits.budget)
     found = None
-    if (exact or k <= EXACT_STEPS) and not planned.plan.offloads:
+    if exact or k <= EXACT_STEPS:
         say("Running the planned step on fake tensors ...")
         found = estimate(dry, planned.plan, device)
     say("Trying other budgets ...")
@@ -130,15 +137,6 @@ def _alternative(planner: Planner, budget: int) -> Alternative:
     except BudgetError as error:
         return Alternative(budget, None, error.least, "")
     return Alternative(budget, planned.seconds, planned.peak, planned.plan.residency)
-
-
-def absent(weights: dict[str, int], phase: str, residency: Residency) -> set[str]:
-    """Networks whose frozen weights are not on the device in a phase."""
-    if residency == "all":
-        return set()
-    if phase in TAIL_PHASES:
-        return {"unet"}
-    return weights.keys() - {"unet"}
 
 
 # --- who holds what ---
@@ -196,7 +194,7 @@ def _holders(holdings: Sequence[Holding]) -> list[tuple[str, int]]:
 def _composed_holders(planned: Planned, profiled: Profile) -> list[tuple[str, int]]:
     peak_phase = max(planned.by_phase, key=planned.by_phase.__getitem__)
     weights = profiled.weights
-    away = absent(weights, peak_phase, planned.plan.residency)
+    away = absent_networks(peak_phase, planned.plan.residency)
     found = {
         f"{'VAE' if name == 'vae' else _NETWORKS[name]}: weights": nbytes
         for name, nbytes in weights.items()

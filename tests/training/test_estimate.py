@@ -14,14 +14,16 @@ from rewardprop_fast.errors import ConfigError
 from rewardprop_fast.memory import MemoryTracker, find_device
 from rewardprop_fast.memory.plan import Plan, Policy
 from rewardprop_fast.memory.planner import BudgetError, Limits
+from rewardprop_fast.memory.scheduling.double import Double
 from rewardprop_fast.methods import AlignProp, DRaFT
 from rewardprop_fast.models import load_bundled
+from rewardprop_fast.training.budget import Memory
 from rewardprop_fast.training.config import LoRAConfig, OutputConfig, SamplingConfig, TrainConfig
 from rewardprop_fast.training.dry_run import DryRun
 from rewardprop_fast.training.estimate import estimate, make_profile, plan_for
 from rewardprop_fast.training.trainer import RewardPropTrainer
 
-R, RO = Policy.RECOMPUTE, Policy.RECOMPUTE_OFFLOAD
+R, AWAY, RO = Policy.RECOMPUTE, Policy.OFFLOAD, Policy.RECOMPUTE_OFFLOAD
 CARD = find_device("rtx3090")
 PLANS = {
     "kept": Plan(),
@@ -169,16 +171,34 @@ def test_weights_by_phase_are_taken_off_where_they_are_away(pipeline: Any, tmp_p
     frozen = sum(4 * p.numel() for p in trainer.pipe.unet.parameters() if not p.requires_grad)
     assert there.by_phase["decode"] - away.by_phase["decode"] == frozen
     assert away.by_phase["backward"] < there.by_phase["backward"]
+    for found in (there, away):
+        assert sum(holding.nbytes for holding in found.holdings) == found.peak
 
 
-def test_what_is_offloaded_is_not_on_the_device(pipeline: Any, tmp_path: Any) -> None:
-    trainer = make(
-        pipeline("sd"), DRaFT(3), tmp_path, sampling={"height": 128, "width": 128}, batch_size=8
-    )
+@pytest.mark.parametrize(
+    "plan",
+    [
+        Plan(({"transformer block": RO, "resnet": AWAY},)),
+        Plan(({"step": RO}, {"resnet": AWAY}, {"transformer block": RO}), {"decoder block": AWAY}),
+        Plan(({"transformer block": RO, "resnet": RO},), {"decoder block": R}),
+    ],
+    ids=["both", "by step", "inputs"],
+)
+def test_what_is_offloaded_is_foreseen_to_the_byte(tmp_path: Any, plan: Plan) -> None:
+    size = {"height": 128, "width": 128}
+    trainer = make(load_bundled(), DRaFT(3), tmp_path, sampling=size)
     dry = DryRun.of_pipeline(trainer.pipe, trainer.reward, trainer.config)
-    blocks = estimate(dry, Plan(({"resnet": R},)), CARD)
-    away = estimate(dry, Plan(({"resnet": RO},)), CARD)
-    assert away.by_phase["decode"] < blocks.by_phase["decode"]
+    kept, foreseen = (estimate(dry, one, CARD, optimizer=False) for one in (Plan(), plan))
+    # copies nothing: of the bytes on the device that changes none
+    device = Double(2**40, 2**40, CARD.download, CARD.upload, values=False)
+    memory = Memory(plan, trainer.pipe, trainer.reward, device, slab_bytes=2**40)
+    trainer.engine.watch = memory.phase
+    found = real(trainer)
+    memory.close()
+    assert memory.offloader.statistics().bytes_out > 20 * 2**20
+    assert {phase: found[phase] for phase in foreseen.by_phase} == foreseen.by_phase
+    assert foreseen.peak < 0.65 * kept.peak
+    assert foreseen.seconds > kept.seconds
 
 
 # --- the trainer's setting ---
