@@ -104,8 +104,8 @@ PLANNED = (
     Row("sdxl-1", "planned, weights by phase", 6.5, 6.5, "phases", plot="memory_sdxl_k1"),
     Row("sdxl-5", "planned", 21.5, 21.5, plot="memory_sdxl_k5"),
     Row("sdxl-5", "planned, no offload", 12.9, 12.9),
-    Row("sdxl-5", "planned, offload", 9.5, 9.5, offload=True, exact=False),
-    Row("sd15-50", "planned, full DRaFT", 22.5, 22.5, exact=False),
+    Row("sdxl-5", "planned, offload", 9.5, 9.5, offload=True),
+    Row("sd15-50", "planned, full DRaFT", 22.5, 22.5),
 )
 
 PLAIN = (
