@@ -26,6 +26,7 @@ REWARDS: Mapping[str, str] = MappingProxyType(
         "clip_score": "rewardprop_fast.rewards.clip:ClipReward",
         "colour": "rewardprop_fast.rewards.colour:ColourReward",
         "hps": "rewardprop_fast.rewards.hps:HPS",
+        "image_reward": "rewardprop_fast.rewards.image_reward:ImageReward",
         "jpeg_compressibility": "rewardprop_fast.rewards.jpeg:JPEGCompressibility",
         "jpeg_incompressibility": "rewardprop_fast.rewards.jpeg:JPEGIncompressibility",
         "jpeg_size": "rewardprop_fast.rewards.jpeg_size:JPEGSize",

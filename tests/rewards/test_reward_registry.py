@@ -68,6 +68,7 @@ def test_the_names_of_the_contract_are_registered():
         "clip_score",
         "colour",
         "hps",
+        "image_reward",
         "jpeg_compressibility",
         "jpeg_incompressibility",
         "jpeg_size",
