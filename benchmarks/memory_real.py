@@ -6,8 +6,8 @@ The architectures with random weights, in bfloat16, on this machine's CPU, each 
 its own: this library with everything kept, under budgets (as shares of that peak), and diffusers
 with and without its own checkpointing. A first step warms up and is tracked; a second one is timed,
 with the kernel's record of the resident set's peak (VmHWM) reset before it. malloc gives blocks of
-1 MiB and more back to the system at once (MALLOC_MMAP_THRESHOLD_), so that the resident set follows
-what is alive.
+128 KiB and more back to the system at once (MALLOC_MMAP_THRESHOLD_), so that the resident set
+follows what is alive.
 """
 
 from __future__ import annotations
@@ -20,10 +20,14 @@ import platform
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 GIB = 2**30
+
+#: Diffusers' own modules, and with its gradient checkpointing.
+_DIFFUSERS = ("diffusers", "diffusers, checkpointing")
 
 
 def main() -> int:
@@ -36,7 +40,13 @@ def main() -> int:
     parser.add_argument(
         "--budgets", nargs="*", default=["0.95", "0.9", "0.85"], help="shares of the kept peak"
     )
-    parser.add_argument("--without-diffusers", action="store_true")
+    parser.add_argument(
+        "--diffusers",
+        nargs="*",
+        choices=_DIFFUSERS,
+        default=_DIFFUSERS,
+        help="which of its forms to run too",
+    )
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--output", type=Path, help="JSON; rows are added to those it holds")
     parser.add_argument("--child", help=argparse.SUPPRESS)
@@ -44,34 +54,34 @@ def main() -> int:
     if args.child is not None:
         print(json.dumps(_child(json.loads(args.child))))
         return 0
-    rows = []
+    output: Path | None = args.output
+    rows = json.loads(output.read_text())["rows"] if output is not None and output.is_file() else []
     for k in args.k:
-        rows += _cases(args, k)
-    if args.output is not None:
-        before = json.loads(args.output.read_text())["rows"] if args.output.is_file() else []
-        text = json.dumps({"machine": _machine(), "rows": [*before, *rows]}, indent=1)
-        args.output.write_text(text + "\n")
+        for row in _cases(args, k):
+            rows.append(row)
+            if output is not None:  # after each, since the next may take hours
+                output.write_text(
+                    json.dumps({"machine": _machine(), "rows": rows}, indent=1) + "\n"
+                )
     return 0
 
 
-def _cases(args: argparse.Namespace, k: int) -> list[dict[str, Any]]:
+def _cases(args: argparse.Namespace, k: int) -> Iterator[dict[str, Any]]:
     case = {"model": args.model, "size": args.size, "k": k, "steps": k + args.prefix}
     kept = _run({**case, "form": "all kept"}, args.threads, None)
-    rows = [kept]
+    yield kept
     for share in args.budgets:
         budget = int(float(share) * kept["tracked_peak"])
         form = f"budget {budget / GIB:.2f} GiB"
-        rows.append(_run({**case, "form": form, "budget": budget}, args.threads, kept))
-    if not args.without_diffusers:
-        for form in ("diffusers", "diffusers, checkpointing"):
-            rows.append(_run({**case, "form": form}, args.threads, kept))
-    return rows
+        yield _run({**case, "form": form, "budget": budget}, args.threads, kept)
+    for form in args.diffusers:
+        yield _run({**case, "form": form}, args.threads, kept)
 
 
 def _run(case: dict[str, Any], threads: int, kept: dict[str, Any] | None) -> dict[str, Any]:
     environment = {
         **os.environ,
-        "MALLOC_MMAP_THRESHOLD_": str(2**20),
+        "MALLOC_MMAP_THRESHOLD_": str(2**17),
         "OMP_NUM_THREADS": str(threads),
     }
     command = [sys.executable, "-m", "benchmarks.memory_real", "--child", json.dumps(case)]
