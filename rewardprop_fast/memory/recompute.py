@@ -91,7 +91,9 @@ class _Placeholder:
                 f"{self.frame.title} saved {_words(tensor)} in its second run where the first "
                 f"saved {_words(self)}. {_ADVICE}"
             )
-        self.value, self.version = tensor.detach(), tensor._version
+        # a frozen weight as itself: packed copies of it are found by the tensor object
+        self.value = tensor.detach() if tensor.requires_grad else tensor
+        self.version = tensor._version
 
     def tensor(self) -> Tensor:
         """The saved tensor; given once, so that it lives no longer than the node that asks."""

@@ -19,6 +19,7 @@ from rewardprop_fast import ops
 from rewardprop_fast.memory import MemoryTracker
 from rewardprop_fast.memory.recompute import RecomputeError, is_second_run, recompute
 from rewardprop_fast.ops import registry
+from rewardprop_fast.ops.packing import drop_packs, packed_bytes
 
 KIB = 1024
 
@@ -177,6 +178,23 @@ def test_a_node_that_asks_for_its_tensors_twice() -> None:
     x = torch.randn(5, requires_grad=True)
     found = torch.autograd.grad(recompute(Asking.apply, x.sin()).sum(), x)
     assert torch.equal(found[0], torch.autograd.grad(x.sin().exp().sum(), x)[0])
+
+
+def test_packed_copies_of_frozen_weights_are_made_once() -> None:
+    weight = nn.Parameter(torch.randn(32, 32, 3, 3), requires_grad=False)
+    x = torch.randn(1, 32, 8, 8).to(memory_format=torch.channels_last).requires_grad_()
+
+    def twice(x: Tensor) -> Tensor:
+        return ops.frozen_conv2d(
+            ops.frozen_conv2d(x, weight, None, padding=1), weight, None, padding=1
+        )
+
+    plainly(twice, x).sum().backward()
+    both = packed_bytes([weight])
+    drop_packs([weight])
+    recompute(twice, x).sum().backward()
+    assert packed_bytes([weight]) == both > weight.nbytes  # for forward and for backward
+    drop_packs([weight])
 
 
 def test_on_fake_tensors() -> None:
