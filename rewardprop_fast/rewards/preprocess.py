@@ -105,9 +105,7 @@ def of_processor(config: Mapping[str, Any] | None, default: Preprocess, reward: 
         mean, std = (0.0,) * 3, (1.0,) * 3
     number = config.get("resample", 3)
     strange = [
-        key
-        for key in ("crop_pct", "do_flip_channel_order", "do_pad", "do_thumbnail")
-        if config.get(key)
+        key for key in ("do_flip_channel_order", "do_pad", "do_thumbnail") if config.get(key)
     ]
     if config.get("do_rescale") is False or config.get("do_resize") is False:
         strange.append("do_rescale or do_resize: false")
@@ -130,6 +128,10 @@ def of_processor(config: Mapping[str, Any] | None, default: Preprocess, reward: 
     same = replace(default, mode=_RESAMPLE[number], mean=mean, std=std)
     square = config.get("size")
     by_side = isinstance(square, int) or (isinstance(square, Mapping) and "shortest_edge" in square)
+    if by_side and config.get("crop_pct"):  # ConvNeXt's: small sizes are cut, large ones stretched
+        if size[0] >= 384:
+            return replace(same, size=size, how="stretch", shortest=None)
+        return replace(same, size=size, how="crop", shortest=int(size[0] / config["crop_pct"]))
     if not config.get("do_center_crop", by_side):
         return replace(same, size=size, how="stretch", shortest=None)
     if by_side:

@@ -20,17 +20,21 @@ from rewardprop_fast.rewards.ensemble import Ensemble
 # others.
 REWARDS: Mapping[str, str] = MappingProxyType(
     {
+        "adversarial": "rewardprop_fast.rewards.adversarial:Adversarial",
         "aesthetic": "rewardprop_fast.rewards.aesthetic:Aesthetic",
         "alignment": "rewardprop_fast.rewards.alignment:AlignmentReward",
         "brightness": "rewardprop_fast.rewards.brightness:BrightnessReward",
         "clip_score": "rewardprop_fast.rewards.clip:ClipReward",
         "colour": "rewardprop_fast.rewards.colour:ColourReward",
+        "detection": "rewardprop_fast.rewards.detection:Detection",
         "hps": "rewardprop_fast.rewards.hps:HPS",
         "image_reward": "rewardprop_fast.rewards.image_reward:ImageReward",
         "jpeg_compressibility": "rewardprop_fast.rewards.jpeg:JPEGCompressibility",
         "jpeg_incompressibility": "rewardprop_fast.rewards.jpeg:JPEGIncompressibility",
         "jpeg_size": "rewardprop_fast.rewards.jpeg_size:JPEGSize",
+        "object_count": "rewardprop_fast.rewards.detection:ObjectCount",
         "pickscore": "rewardprop_fast.rewards.pickscore:PickScore",
+        "removal": "rewardprop_fast.rewards.detection:Removal",
         "style": "rewardprop_fast.rewards.style:StyleReward",
         "symmetry": "rewardprop_fast.rewards.symmetry:SymmetryReward",
     }

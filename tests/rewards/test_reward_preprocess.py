@@ -141,6 +141,14 @@ CLIP = {
             {"size": {"shortest_edge": 256}, "crop_size": 224, "resample": 2},
             Preprocess((224, 224), "crop", 256, "even", "bilinear"),
         ),
+        (
+            {"size": {"shortest_edge": 224}, "crop_pct": 0.875},
+            Preprocess((224, 224), "crop", 256, "even"),
+        ),
+        (
+            {"size": {"shortest_edge": 384}, "crop_pct": 0.875},
+            Preprocess((384, 384), "stretch", offset="even"),
+        ),
         ({"size": {"height": 20, "width": 30}}, Preprocess((20, 30), "stretch", offset="even")),
         ({"size": 20, "do_center_crop": False}, Preprocess((20, 20), "stretch", offset="even")),
         (
@@ -156,7 +164,7 @@ def test_what_a_preprocessor_config_says(config, expected):
 @pytest.mark.parametrize(
     ("config", "words"),
     [
-        ({"crop_pct": 0.9}, "crop_pct"),
+        ({"do_pad": True}, "do_pad"),
         ({"resample": 0}, "resample: 0"),
         ({"do_rescale": False}, "do_rescale"),
         ({"size": {"longest_edge": 4}}, "longest_edge"),

@@ -62,17 +62,21 @@ def message_of(function, *args, **kwargs):
 
 def test_the_names_of_the_contract_are_registered():
     assert set(rewards.REWARDS) == {
+        "adversarial",
         "aesthetic",
         "alignment",
         "brightness",
         "clip_score",
         "colour",
+        "detection",
         "hps",
         "image_reward",
         "jpeg_compressibility",
         "jpeg_incompressibility",
         "jpeg_size",
+        "object_count",
         "pickscore",
+        "removal",
         "style",
         "symmetry",
     }
