@@ -14,6 +14,7 @@ import torch
 from rewardprop_fast.errors import ConfigError
 from rewardprop_fast.lora.targets import PRESETS
 from rewardprop_fast.methods import METHODS, AlignProp, DRaFT, DRaFTLV, Method
+from rewardprop_fast.rewards import REWARDS
 from rewardprop_fast.training.config import (
     LoRAConfig,
     ModelConfig,
@@ -382,8 +383,11 @@ def test_types_and_ranges(override: str, given: str, allowed: str) -> None:
         ("reward: []", "reward: got an empty list; allowed: at least one reward"),
         ("reward: [{name: style, weight: 0}]", "reward: every weight is 0"),
         ("reward: [{weight: 2}]", "reward.0.name: missing, and it has no default"),
-        ("reward: [stile]", "reward: got 'stile'; allowed: alignment, "),
-        ("reward: [style]\nheldout_reward: [x]", "heldout_reward: got 'x'; allowed: alignment"),
+        ("reward: [stile]", f"reward: got 'stile'; allowed: {min(REWARDS)}, "),
+        (
+            "reward: [style]\nheldout_reward: [x]",
+            f"heldout_reward: got 'x'; allowed: {min(REWARDS)}",
+        ),
         ("reward: [style]\nheldout_reward:", "heldout_reward: got nothing (null); allowed: a list"),
         ("reward: [style]\nprompts: {list: []}", "prompts.list: got an empty list"),
         (
