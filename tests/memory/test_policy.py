@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from rewardprop_fast import accelerate, ops, restore
+from rewardprop_fast import ops
 from rewardprop_fast.errors import ConfigError
 from rewardprop_fast.memory import MemoryTracker, policy
 from rewardprop_fast.memory.plan import Plan, Policy
@@ -23,6 +23,7 @@ from rewardprop_fast.memory.recompute import RecomputeError
 from rewardprop_fast.memory.verify import DivergenceError
 from rewardprop_fast.methods import AlignProp, DRaFT, DRaFTLV
 from rewardprop_fast.methods.base import Method
+from rewardprop_fast.nn import accelerate, restore
 from rewardprop_fast.randomness import Draws, latents
 from rewardprop_fast.training.config import SamplingConfig, TrainConfig
 from rewardprop_fast.training.engine import Engine, negative_mean
