@@ -19,6 +19,11 @@ from torch import Tensor
 #: Below, a convolution's weight is so small that bringing it into another layout costs nothing.
 _LEAST_CHANNELS = 16
 
+#: oneDNN's widest block of output channels. Where it divides them, it is the block for every image;
+#: elsewhere the block depends on the image, and a weight packed for another takes ten to thirty
+#: times as long, since it is brought into the right layout at every call.
+_BLOCK = 64
+
 
 def linear(x_MK: Tensor, weight_NK: Tensor, bias: Tensor | None) -> Tensor:
     """x W^T + b of dense rows; the weight may be a transposed view."""
@@ -43,12 +48,25 @@ def convolution(
     return y
 
 
+def images_of_one_layout(channels: int, shape: Sequence[int]) -> tuple[int, ...]:
+    """What a packed weight of so many output channels is good for: () for images of every shape.
+
+    Otherwise for those of this shape (B, C, H, W) alone.
+    """
+    return () if channels % _BLOCK == 0 else tuple(shape)
+
+
 def pack_convolution(
-    weight: Tensor, stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int]
+    weight: Tensor,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    shape: Sequence[int],
 ) -> Tensor:
-    """(N, C, kh, kw) in the layout that `convolution` reads fastest."""
+    """(N, C, kh, kw) in the layout that `convolution` reads fastest for an image of this shape."""
+    image = images_of_one_layout(weight.shape[0], shape)
     packed: Tensor = torch.ops.mkldnn._reorder_convolution_weight(
-        weight, padding, stride, dilation, 1, None
+        weight, padding, stride, dilation, 1, list(image) or None
     )
     return packed
 

@@ -75,7 +75,7 @@ def forward(
     """y (B, N, H', W'), channels_last."""
     if _is_plain_pointwise(weight, padding):
         return _linear(x, packed.linear_for_forward(weight), bias)
-    ready = packed.for_forward(weight, stride, padding, dilation)
+    ready = packed.for_forward(weight, stride, padding, dilation, x.shape)
     return onednn.convolution(x, ready, bias, stride, padding, dilation)
 
 
@@ -99,7 +99,7 @@ def backward(
         return reference.backward(
             grad, weight, x_shape, stride, padding, dilation, groups, channels_last
         )
-    ready = packed.for_input_gradient(weight, rest, dilation)
+    ready = packed.for_input_gradient(weight, rest, dilation, grad.shape)
     return onednn.convolution(grad, ready, None, [1, 1], rest, dilation)
 
 

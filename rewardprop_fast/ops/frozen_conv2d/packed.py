@@ -21,20 +21,36 @@ from rewardprop_fast.ops.packing import packs_of
 
 
 def for_forward(
-    weight: Tensor, stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int]
+    weight: Tensor,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    shape: Sequence[int],
 ) -> Tensor:
-    """The weight (N, C, kh, kw) as ``mkldnn::_convolution_pointwise`` reads it fastest."""
+    """The weight (N, C, kh, kw) as ``mkldnn::_convolution_pointwise`` reads it fastest.
+
+    For images of this shape (B, C, H, W); mostly one copy is right for all.
+    """
+    images = onednn.images_of_one_layout(weight.shape[0], shape)
     return packs_of(weight).get(
-        ("forward", *stride, *padding, *dilation),
-        lambda: onednn.pack_convolution(weight.detach(), stride, padding, dilation),
+        ("forward", *stride, *padding, *dilation, *images),
+        lambda: onednn.pack_convolution(weight.detach(), stride, padding, dilation, shape),
     )
 
 
-def for_input_gradient(weight: Tensor, padding: Sequence[int], dilation: Sequence[int]) -> Tensor:
-    """(C, N, kh, kw), flipped: the convolution with it, padded so, is the input gradient."""
+def for_input_gradient(
+    weight: Tensor, padding: Sequence[int], dilation: Sequence[int], shape: Sequence[int]
+) -> Tensor:
+    """(C, N, kh, kw), flipped: the convolution with it, padded so, is the input gradient.
+
+    For gradients of this shape (B, N, H', W').
+    """
+    images = onednn.images_of_one_layout(weight.shape[1], shape)
     return packs_of(weight).get(
-        ("input gradient", *padding, *dilation),
-        lambda: onednn.pack_convolution(onednn.adjoint(weight.detach()), [1, 1], padding, dilation),
+        ("input gradient", *padding, *dilation, *images),
+        lambda: onednn.pack_convolution(
+            onednn.adjoint(weight.detach()), [1, 1], padding, dilation, shape
+        ),
     )
 
 

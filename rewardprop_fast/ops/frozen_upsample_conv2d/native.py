@@ -17,6 +17,8 @@ Infinite pixels may give an infinity where PyTorch's own subtraction of infiniti
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -53,7 +55,7 @@ def forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         memory_format=torch.channels_last,
     )
     for row, column in _PHASES:
-        ready = _for_forward(weight, row, column)
+        ready = _for_forward(weight, row, column, x.shape)
         part = onednn.convolution(x, ready, bias, _ONE, _PADDING, _ONE)
         # Padded on all sides, it is one larger than the phase: the odd ones begin one later.
         y[:, :, row::2, column::2] = part[:, :, row : row + height, column : column + width]
@@ -66,7 +68,7 @@ def backward(grad: Tensor, weight: Tensor) -> Tensor:
     total: Tensor | None = None
     for row, column in _PHASES:
         phase = grad[:, :, row::2, column::2].contiguous(memory_format=torch.channels_last)
-        ready = _for_input_gradient(weight, row, column)
+        ready = _for_input_gradient(weight, row, column, phase.shape)
         part = onednn.convolution(phase, ready, None, _ONE, _PADDING, _ONE)
         own = part[:, :, 1 - row : 1 - row + height, 1 - column : 1 - column + width]
         total = own.float() if total is None else total.add_(own)
@@ -86,17 +88,19 @@ def _fold(weight: Tensor, phase: int, dim: int) -> Tensor:
     return torch.stack(taps, dim)
 
 
-def _for_forward(weight: Tensor, row: int, column: int) -> Tensor:
+def _for_forward(weight: Tensor, row: int, column: int, shape: Sequence[int]) -> Tensor:
+    images = onednn.images_of_one_layout(weight.shape[0], shape)
     return packing.packs_of(weight).get(
-        ("upsampled forward", row, column),
-        lambda: onednn.pack_convolution(folded(weight, row, column), _ONE, _PADDING, _ONE),
+        ("upsampled forward", row, column, *images),
+        lambda: onednn.pack_convolution(folded(weight, row, column), _ONE, _PADDING, _ONE, shape),
     )
 
 
-def _for_input_gradient(weight: Tensor, row: int, column: int) -> Tensor:
+def _for_input_gradient(weight: Tensor, row: int, column: int, shape: Sequence[int]) -> Tensor:
+    images = onednn.images_of_one_layout(weight.shape[1], shape)
     return packing.packs_of(weight).get(
-        ("upsampled input gradient", row, column),
+        ("upsampled input gradient", row, column, *images),
         lambda: onednn.pack_convolution(
-            onednn.adjoint(folded(weight, row, column)), _ONE, _PADDING, _ONE
+            onednn.adjoint(folded(weight, row, column)), _ONE, _PADDING, _ONE, shape
         ),
     )
