@@ -17,7 +17,7 @@ from rewardprop_fast.version import __version__
 if TYPE_CHECKING:
     from rewardprop_fast import lora, memory, methods, models, nn, ops, presets, rewards, rollout
     from rewardprop_fast.memory.dropin import accelerate, restore
-    from rewardprop_fast.methods import AlignProp, DRaFT, DRaFTLV
+    from rewardprop_fast.methods import SRPO, AlignProp, DRaFT, DRaFTLV, DRTune, ReFL
     from rewardprop_fast.training.config import (
         LoRAConfig,
         OptimizerConfig,
@@ -34,6 +34,9 @@ _HOMES = {
     "AlignProp": "rewardprop_fast.methods",
     "DRaFT": "rewardprop_fast.methods",
     "DRaFTLV": "rewardprop_fast.methods",
+    "DRTune": "rewardprop_fast.methods",
+    "ReFL": "rewardprop_fast.methods",
+    "SRPO": "rewardprop_fast.methods",
     "LoRAConfig": _CONFIG,
     "OptimizerConfig": _CONFIG,
     "OutputConfig": _CONFIG,
@@ -47,12 +50,15 @@ _HOMES = {
 _ROOMS = ("lora", "memory", "methods", "models", "nn", "ops", "presets", "rewards", "rollout")
 
 __all__ = [
+    "SRPO",
     "AlignProp",
+    "DRTune",
     "DRaFT",
     "DRaFTLV",
     "LoRAConfig",
     "OptimizerConfig",
     "OutputConfig",
+    "ReFL",
     "RewardPropTrainer",
     "RunConfig",
     "SamplingConfig",

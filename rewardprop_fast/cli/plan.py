@@ -29,6 +29,7 @@ Without --budget it is the card's memory less 1.5 GiB for the driver's context,
 workspaces and fragmentation. The plan file is what the trainer's memory_budget
 and rpf.accelerate(pipe, plan=...) read."""
 
+_METHODS = ("draft", "draft_lv", "alignprop", "refl", "drtune", "srpo")
 _PLOTS = (".png", ".svg", ".pdf")
 
 
@@ -46,7 +47,7 @@ def add_to(verbs: Any) -> None:
     add("--model", help="sdxl, sd15, bundled, a pipeline's folder or hub name (default: bundled)")
     add("--height", type=int, metavar="PIXELS", help="default: the model's own size")
     add("--width", type=int, metavar="PIXELS", help="default: the model's own size")
-    add("--method", choices=("draft", "draft_lv", "alignprop"), help="default: draft")
+    add("--method", choices=_METHODS, help="default: draft")
     add("--k", metavar="K", help="steps with gradients, at most; a number or all (default: 1)")
     add("--steps", type=int, metavar="T", help="sampling steps (default: 50)")
     add("--guidance", type=float, metavar="W", help="guidance; 1 is without (default: 7.5)")

@@ -14,7 +14,7 @@ from rewardprop_fast.errors import ConfigError, ModelError
 from rewardprop_fast.memory.devices import Device, find_device
 from rewardprop_fast.memory.planner import Limits, Residency
 from rewardprop_fast.memory.sizes import format_bytes, parse_bytes
-from rewardprop_fast.methods import AlignProp, DRaFT, DRaFTLV, Method
+from rewardprop_fast.methods import METHODS, AlignProp, DRaFT, DRTune, Method
 from rewardprop_fast.training.config import (
     LoRAConfig,
     RewardConfig,
@@ -180,20 +180,24 @@ def _check(args: Namespace) -> None:
 
 
 def _method(method: Method, args: Namespace, sampling: SamplingConfig) -> Method:
+    """The config's method, or the one asked for, with the K asked for."""
     steps = sampling.steps
-    k = _k(args.k, steps) if args.k is not None else 1
-    if args.method == "draft_lv" or (args.method is None and isinstance(method, DRaFTLV)):
-        if k != 1:
-            raise ConfigError(f"--k is {args.k}; DRaFT-LV has one step with gradients.")
-        return method if isinstance(method, DRaFTLV) else DRaFTLV()
-    if args.method == "alignprop" or (args.method is None and isinstance(method, AlignProp)):
-        base = method if isinstance(method, AlignProp) else AlignProp()
-        return base if args.k is None else replace(base, k_max=k, k_min=min(base.k_min, k))
-    if args.k is not None or not isinstance(method, DRaFT):
-        return DRaFT(k)
-    if method.k is not None and method.k > steps:
-        raise ConfigError(f"K is {method.k}; allowed: 1 to the number of sampling steps, {steps}.")
-    return method
+    chosen = method
+    if args.method is not None and type(method) is not METHODS[args.method]:
+        chosen = METHODS[args.method]()
+        if isinstance(chosen, DRaFT):
+            chosen = replace(chosen, k=1)
+    if args.k is not None:
+        k = _k(args.k, steps)
+        if isinstance(chosen, AlignProp):
+            chosen = replace(chosen, k_max=k, k_min=min(chosen.k_min, k))
+        elif isinstance(chosen, DRaFT | DRTune):
+            chosen = replace(chosen, k=k)
+        elif k != chosen.gradient_steps(steps):
+            raise ConfigError(f"--k is {args.k}; {chosen.name} has one step with gradients.")
+    for problem in chosen.validate(steps):
+        raise ConfigError(f"{chosen.name}: {problem}")
+    return chosen
 
 
 def _k(given: str, steps: int) -> int:

@@ -58,7 +58,9 @@ def apply(
     """Let ``plan`` decide what the backward passes of these networks find, from now on.
 
     Accelerate the networks first. The gradient steps are told apart by what the UNet is called on:
-    latents without a gradient begin a new chain, latents with one go on with it.
+    latents without a gradient begin a new chain, latents with one go on with it. Where
+    `AppliedPlan.begin` says when a chain begins, they are counted instead, which is right also
+    where a method detaches the latents.
 
     Args:
         offloader: needed where the plan offloads.
@@ -88,6 +90,7 @@ class AppliedPlan:
         self.plan, self.offloader, self.codec, self.verify = plan, offloader, codec, verify
         self.removed = False
         self.index = -1  # of the gradient step that runs or ran last
+        self.counted = False  # whether somebody says when a chain begins
         self.runners: list[Runner] = []
         if unet is not None:
             self._place("steps", unet_segments(unet), plan.steps)
@@ -135,6 +138,14 @@ class AppliedPlan:
         self.runners = []
         self.removed = True
 
+    def begin(self) -> None:
+        """The UNet's next call with gradients is the first of a chain."""
+        self.index, self.counted = -1, True
+
+    def advance(self, goes_on: bool) -> None:
+        """The UNet is called with gradients, on latents that have one or not."""
+        self.index = self.index + 1 if self.counted or goes_on else 0
+
     @contextmanager
     def at(self, index: int) -> Iterator[None]:
         """Inside, the gradient step ``index`` runs, also when it is run again."""
@@ -181,7 +192,7 @@ class Runner:
             return self.run(*args, **kwargs)
         if self.is_step:
             latents = args[0] if args else kwargs["sample"]
-            applied.index = applied.index + 1 if latents.requires_grad else 0
+            applied.advance(latents.requires_grad)
         index = applied.index
         policy = self.policies[max(0, min(index, len(self.policies) - 1))]
         with self.elsewhere(policy):

@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._pytree import tree_leaves, tree_map
@@ -61,6 +62,9 @@ MODES: Mapping[str, Mapping[str, Mapping[str, Policy]]] = {
 #: Phases that need the UNet's weights, and those that need the decoder's and the reward's.
 CHAIN_PHASES = ("prefix", "suffix", "backward")
 TAIL_PHASES = ("decode", "reward", "decode_backward")
+
+#: The phase whose beginning is that of a chain of steps with gradients.
+CHAIN_BEGINS = "suffix"
 
 #: Steps of intervals outside the chain of the K steps.
 BEFORE, BEHIND = -1, -2
@@ -286,6 +290,7 @@ class _Run:
         self.phase = ""
         self.unet_calls, self.prefix_calls, self.step_input = -1, 0, 0
         self.tracker = MemoryTracker(watch=self._operation)
+        self.applied: policy.AppliedPlan | None = None
 
     # --- running ---
 
@@ -295,7 +300,7 @@ class _Run:
         counter = _StepCounter(self, self.networks.unet)
         self.tracker.count(resident)
         n = self.networks
-        applied = policy.apply(self._plan(units, k), n.unet, n.vae, n.reward)
+        applied = self.applied = policy.apply(self._plan(units, k), n.unet, n.vae, n.reward)
         try:
             for probe in (*probes, counter):
                 probe.install()
@@ -321,6 +326,8 @@ class _Run:
     @contextmanager
     def _watch(self, phase: str) -> Iterator[None]:
         before, self.phase = self.phase, phase
+        if phase == CHAIN_BEGINS and self.applied is not None:
+            self.applied.begin()
         self.mark("phase", -1)
         try:
             yield
@@ -488,7 +495,8 @@ class _Probe(_Shadow):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         run = self.run
-        if run.phase not in ("suffix", "decode", "reward"):
+        # without gradients also within a chain: a base model's call, a step that is passed over
+        if run.phase not in ("suffix", "decode", "reward") or not torch.is_grad_enabled():
             return self.forward(*args, **kwargs)
         index, step = len(run.calls), max(run.unet_calls, 0) if run.phase == "suffix" else 0
         mode = run.modes.get((self.segment.name, step), "keep")
@@ -544,6 +552,8 @@ class _StepCounter(_Shadow):
         run = self.run
         if run.phase != "suffix":
             run.prefix_calls += 1
+            return self.forward(*args, **kwargs)
+        if not torch.is_grad_enabled():
             return self.forward(*args, **kwargs)
         run.unet_calls += 1
         tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]

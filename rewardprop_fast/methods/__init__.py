@@ -6,8 +6,23 @@ from rewardprop_fast.methods.alignprop import AlignProp
 from rewardprop_fast.methods.base import Method, Rollout
 from rewardprop_fast.methods.draft import DRaFT
 from rewardprop_fast.methods.draft_lv import DRaFTLV
+from rewardprop_fast.methods.drtune import DRTune
+from rewardprop_fast.methods.refl import ReFL
+from rewardprop_fast.methods.srpo import SRPO
 
 #: Every method by the name a config file uses.
-METHODS: dict[str, type[Method]] = {cls.name: cls for cls in (DRaFT, DRaFTLV, AlignProp)}
+METHODS: dict[str, type[Method]] = {
+    cls.name: cls for cls in (DRaFT, DRaFTLV, AlignProp, ReFL, DRTune, SRPO)
+}
 
-__all__ = ["METHODS", "AlignProp", "DRaFT", "DRaFTLV", "Method", "Rollout"]
+__all__ = [
+    "METHODS",
+    "SRPO",
+    "AlignProp",
+    "DRTune",
+    "DRaFT",
+    "DRaFTLV",
+    "Method",
+    "ReFL",
+    "Rollout",
+]

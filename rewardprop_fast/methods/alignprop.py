@@ -8,6 +8,7 @@ from typing import ClassVar, Literal
 from torch import Tensor
 
 from rewardprop_fast.methods.base import Method, Rollout, run_suffix
+from rewardprop_fast.methods.draft import DRaFT
 from rewardprop_fast.randomness import Draws
 from rewardprop_fast.rollout import Sampler
 
@@ -77,3 +78,9 @@ class AlignProp(Method):
         mask = [i >= cut for i, cut in enumerate(cuts)]
         mask[-1] = mask[-1] or not any(mask)  # one step at least, or there is nothing to learn from
         return Rollout(sampler.run_masked(latents, 0, mask), 1, sum(mask))
+
+    def gradient_steps(self, steps: int) -> int:
+        return steps if self.k_max is None or self.trl_compat else self.k_max
+
+    def with_steps(self, k: int) -> Method:
+        return DRaFT(k)

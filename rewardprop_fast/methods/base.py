@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import Tensor
 
 from rewardprop_fast.randomness import Draws
 from rewardprop_fast.rollout import Sampler
+
+#: (images (N, 3, H, W), prompts, metadata) -> (N,), held to a reward's contract.
+Score = Callable[[Tensor, list[str], list[dict[str, Any]]], Tensor]
 
 
 @dataclass(frozen=True)
@@ -20,18 +24,27 @@ class Rollout:
         latents: x_0 with its graph, (copies * B, 4, h, w): all B images of copy 0, then of copy 1.
         copies: endpoints per image; prompts and metadata are repeated to match.
         gradient_steps: UNet calls per endpoint that carry gradients (K).
+        weight: factor on the loss's gradient.
     """
 
     latents: Tensor
     copies: int
     gradient_steps: int
+    weight: float = 1.0
 
 
 @dataclass(frozen=True)
 class Method(ABC):
-    """A frozen set of settings that knows how to run a rollout."""
+    """A frozen set of settings that knows how to run a rollout.
+
+    What a memory plan must know is said by `gradient_steps`, `plain_steps` and `with_steps`.
+
+    Attributes:
+        needs_reward_gradient: whether the reward must be differentiable in the images.
+    """
 
     name: ClassVar[str]
+    needs_reward_gradient: ClassVar[bool] = True
 
     @abstractmethod
     def validate(self, steps: int) -> list[str]:
@@ -40,6 +53,41 @@ class Method(ABC):
     @abstractmethod
     def rollout(self, sampler: Sampler, latents: Tensor, draws: Draws) -> Rollout:
         """From noise x_T (B, 4, h, w) to endpoints x_0 through which gradients reach the LoRA."""
+
+    def score(
+        self,
+        reward: Score,
+        images: Tensor,
+        prompts: list[str],
+        metadata: list[dict[str, Any]],
+    ) -> Tensor:
+        """What is to rise, (N,): the reward of the images (N, 3, H, W), unless a method differs."""
+        return reward(images, prompts, metadata)
+
+    def refuses(
+        self, reward: Score, images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]
+    ) -> list[str]:
+        """Why a reward is of no use to this method, tried on a few images; empty if it is."""
+        return []
+
+    def refuses_eta(self, eta: float) -> list[str]:
+        """What is wrong with DDIM's eta for this method; empty if nothing is."""
+        return []
+
+    def gradient_steps(self, steps: int) -> int:
+        """The most UNet calls with gradients that are held at once, in a chain of `steps`."""
+        return steps
+
+    def plain_steps(self, steps: int) -> int:
+        """UNet calls without gradients in front of those with."""
+        return steps - self.gradient_steps(steps)
+
+    def with_steps(self, k: int) -> Method:
+        """A method of the same memory that has exactly k steps with gradients, whatever is drawn.
+
+        A dry run asks for it, also with smaller k than the method's own.
+        """
+        return self
 
 
 def run_suffix(sampler: Sampler, latents: Tensor, k: int) -> Rollout:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from torch import Tensor
@@ -35,3 +35,9 @@ class DRaFT(Method):
 
     def rollout(self, sampler: Sampler, latents: Tensor, draws: Draws) -> Rollout:
         return run_suffix(sampler, latents, len(sampler) if self.k is None else self.k)
+
+    def gradient_steps(self, steps: int) -> int:
+        return steps if self.k is None else self.k
+
+    def with_steps(self, k: int) -> DRaFT:
+        return replace(self, k=k)

@@ -49,3 +49,9 @@ class DRaFTLV(Method):
         widened = sampler.repeat(copies, noise_again)
         endpoints = widened.run(torch.cat(inputs), last, last + 1, gradients=True)
         return Rollout(endpoints, copies, 1)
+
+    def gradient_steps(self, steps: int) -> int:
+        return 1
+
+    def plain_steps(self, steps: int) -> int:
+        return steps  # the last step is taken without gradients, too

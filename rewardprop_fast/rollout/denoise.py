@@ -42,6 +42,7 @@ def denoise(
     noise: Tensor | None = None,
     *,
     detach_prediction: bool = False,
+    detach_input: bool = False,
 ) -> Tensor:
     """x_{t-1} from x_t, both (B, 4, h, w) in the latents' dtype (float32: the UNet may be bf16).
 
@@ -53,11 +54,13 @@ def denoise(
         guidance_scale: w of `u + w (c - u)`, or None where the conditions hold no negative rows.
         noise: (B, 4, h, w) standard normal for eta > 0.
         detach_prediction: run the UNet without gradient; x_t keeps its linear path.
+        detach_input: no gradient passes through the UNet into x_t; x_t keeps its linear path.
     """
     guided = guidance_scale is not None
+    given = latents.detach() if detach_input else latents
     if detach_prediction:
         with torch.no_grad():
-            output = predict(unet, latents, timestep, embeddings, added, guided)
+            output = predict(unet, given, timestep, embeddings, added, guided)
     else:
-        output = predict(unet, latents, timestep, embeddings, added, guided)
+        output = predict(unet, given, timestep, embeddings, added, guided)
     return guided_ddim_step(output, latents, coefficients, guidance_scale, noise)

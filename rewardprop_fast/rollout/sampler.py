@@ -50,11 +50,14 @@ class Sampler:
         """
         return self.run_masked(latents, start, [gradients] * (stop - start))
 
-    def run_masked(self, latents: Tensor, start: int, mask: Sequence[bool]) -> Tensor:
+    def run_masked(
+        self, latents: Tensor, start: int, mask: Sequence[bool], *, detach_inputs: bool = False
+    ) -> Tensor:
         """Step `start + i` with gradients through the UNet where mask[i].
 
         Behind the first such step, a step without keeps the linear path a_t x_t of the update
         (this is what TRL's per-step mask does); before it nothing needs a graph at all.
+        With `detach_inputs` gradients leave the UNet at its weights alone, none reaches its input.
         """
         first = mask.index(True) if True in mask else len(mask)
         embeddings, added = self.conditioning.embeddings(), self.conditioning.added()
@@ -71,6 +74,7 @@ class Sampler:
                 scale,
                 None if self.noise is None else self.noise[index],
                 detach_prediction=detach,
+                detach_input=detach_inputs,
             )
 
         if first > 0:
@@ -82,6 +86,15 @@ class Sampler:
                 for i in range(first, len(mask)):
                     latents = step(latents, start + i, not mask[i])
         return latents
+
+    def leaping(self, start: int, stop: int) -> Sampler:
+        """The same chain, but step `start` leads straight to the input of step `stop`.
+
+        `stop` = T is the clean image: step `start` then gives the predicted x_0.
+        """
+        rows = self.schedule.coefficients.clone()
+        rows[start] = self.schedule.leap(start, stop)
+        return replace(self, schedule=replace(self.schedule, coefficients=rows))
 
     def timed(self, phase: Callable[[str], AbstractContextManager[None]]) -> Sampler:
         """The same chain, its phases surrounded by `phase(name)`."""

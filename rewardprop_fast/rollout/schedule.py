@@ -25,6 +25,7 @@ class Schedule:
         signal: (T,) sqrt(alpha_bar_t) at the input of each step; alpha of DRaFT-LV.
         noise: (T,) sqrt(1 - alpha_bar_t) at the input of each step; sigma of DRaFT-LV.
         eta: share of DDPM-like noise, 0 for the deterministic sampler.
+        prediction: what the UNet's output is: "epsilon", "v_prediction" or "sample".
     """
 
     timesteps: Tensor
@@ -32,6 +33,7 @@ class Schedule:
     signal: Tensor
     noise: Tensor
     eta: float
+    prediction: str = "epsilon"
 
     def __len__(self) -> int:
         return len(self.timesteps)
@@ -44,7 +46,19 @@ class Schedule:
             self.signal.to(device, dtype),
             self.noise.to(device, dtype),
             self.eta,
+            self.prediction,
         )
+
+    def leap(self, start: int, stop: int) -> Tensor:
+        """Row [a, b, 0] that leads from the input of step `start` straight to that of `stop`, (3,).
+
+        Without noise of its own. `stop` = T is the clean image: the row gives the predicted x_0.
+        """
+        clean = stop == len(self)
+        to_signal = torch.ones_like(self.signal[start]) if clean else self.signal[stop]
+        to_noise = torch.zeros_like(self.noise[start]) if clean else self.noise[stop]
+        a, b = _linear(self.signal[start], self.noise[start], to_signal, to_noise, self.prediction)
+        return torch.stack([a, b, torch.zeros_like(a)]).to(self.coefficients.dtype)
 
     @classmethod
     def from_scheduler(cls, scheduler: Any, steps: int, eta: float = 0.0) -> Schedule:
@@ -95,7 +109,8 @@ class Schedule:
                 "epsilon says nothing about the image. Such models predict v: set prediction_type "
                 "to v_prediction, or rescale_betas_zero_snr to false, in scheduler_config.json."
             )
-        return cls(timesteps, rows, alpha.sqrt(), (1 - alpha).sqrt(), float(eta))
+        kind = str(config.prediction_type)
+        return cls(timesteps, rows, alpha.sqrt(), (1 - alpha).sqrt(), float(eta), kind)
 
 
 def _coefficients(alpha: Tensor, previous: Tensor, eta: float, prediction: str) -> Tensor:
@@ -103,12 +118,19 @@ def _coefficients(alpha: Tensor, previous: Tensor, eta: float, prediction: str) 
     signal, noise = alpha.sqrt(), (1 - alpha).sqrt()
     sigma = eta * ((1 - previous) / (1 - alpha) * (1 - alpha / previous)).clamp(min=0).sqrt()
     direction = (1 - previous - sigma.square()).clamp(min=0).sqrt()
-    to_x0 = previous.sqrt()
-    # x_prev = to_x0 * x0 + direction * eps + sigma * z, with x0 and eps linear in x and the output
-    if prediction == "epsilon":
-        a, b = to_x0 / signal, direction - to_x0 * noise / signal
-    elif prediction == "v_prediction":
-        a, b = to_x0 * signal + direction * noise, direction * signal - to_x0 * noise
-    else:
-        a, b = direction / noise, to_x0 - direction * signal / noise
+    a, b = _linear(signal, noise, previous.sqrt(), direction, prediction)
     return torch.stack([a, b, sigma], dim=1)
+
+
+def _linear(
+    signal: Tensor, noise: Tensor, to_x0: Tensor, direction: Tensor, prediction: str
+) -> tuple[Tensor, Tensor]:
+    """a and b of `a x + b output` = to_x0 * x0 + direction * eps, x0 and eps being linear in both.
+
+    x = signal * x0 + noise * eps.
+    """
+    if prediction == "epsilon":
+        return to_x0 / signal, direction - to_x0 * noise / signal
+    if prediction == "v_prediction":
+        return to_x0 * signal + direction * noise, direction * signal - to_x0 * noise
+    return direction / noise, to_x0 - direction * signal / noise

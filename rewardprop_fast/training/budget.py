@@ -20,7 +20,7 @@ from rewardprop_fast.memory.devices import Device, find_device
 from rewardprop_fast.memory.plan import Plan
 from rewardprop_fast.memory.planner import Limits
 from rewardprop_fast.memory.planner import Residency as Residence
-from rewardprop_fast.memory.profile import CHAIN_PHASES, TAIL_PHASES
+from rewardprop_fast.memory.profile import CHAIN_BEGINS, CHAIN_PHASES, TAIL_PHASES
 from rewardprop_fast.memory.residency import Residency
 from rewardprop_fast.memory.scheduling import Backend
 from rewardprop_fast.memory.sizes import format_bytes, parse_bytes
@@ -150,6 +150,8 @@ class Memory:
     def phase(self, name: str) -> AbstractContextManager[None]:
         """Surrounds a phase of a step: the weights it needs are on the device."""
         make_room(self.offloader, name)
+        if name == CHAIN_BEGINS:
+            self.applied.begin()
         return nullcontext() if self.residency is None else self.residency.phase(name)
 
     def reset(self) -> None:

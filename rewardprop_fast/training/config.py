@@ -186,6 +186,10 @@ def _method_fits(train: TrainConfig) -> Iterable[str]:
     return train.method.validate(train.sampling.steps)
 
 
+def _eta_fits(train: TrainConfig) -> Iterable[str]:
+    return train.method.refuses_eta(train.sampling.eta)
+
+
 def _schedule_fits(train: TrainConfig) -> Iterable[str]:
     optimizer = train.optimizer
     if optimizer.schedule != "constant" and optimizer.warmup_steps >= train.steps:
@@ -270,6 +274,7 @@ class TrainConfig(Settings):
 
     RULES: ClassVar[tuple[Rule, ...]] = (
         Rule("method", ("method", "sampling.steps"), _method_fits),
+        Rule("sampling.eta", ("method", "sampling.eta"), _eta_fits),
         Rule(
             "optimizer.warmup_steps",
             ("optimizer.schedule", "optimizer.warmup_steps", "steps"),

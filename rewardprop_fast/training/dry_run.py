@@ -18,13 +18,12 @@ from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensorMode
 
 from rewardprop_fast import lora
 from rewardprop_fast.memory import make_fake
-from rewardprop_fast.methods import AlignProp, DRaFT, DRaFTLV
 from rewardprop_fast.models.shapes import Shapes
 from rewardprop_fast.models.support import is_sdxl
 from rewardprop_fast.nn import accelerate
 from rewardprop_fast.randomness import Draws
 from rewardprop_fast.rewards import Reward
-from rewardprop_fast.rollout import Conditioning, Schedule
+from rewardprop_fast.rollout import Conditioning
 from rewardprop_fast.training.config import TrainConfig
 from rewardprop_fast.training.engine import Engine, negative_mean
 
@@ -94,12 +93,12 @@ class DryRun:
         )
         engine = DryEngine(fake, reward, shortened(config), negative_mean)
         schedule = engine.schedule
-        engine.schedule = Schedule(
-            mode.from_tensor(schedule.timesteps),
-            mode.from_tensor(schedule.coefficients),
-            mode.from_tensor(schedule.signal),
-            mode.from_tensor(schedule.noise),
-            schedule.eta,
+        engine.schedule = replace(
+            schedule,
+            timesteps=mode.from_tensor(schedule.timesteps),
+            coefficients=mode.from_tensor(schedule.coefficients),
+            signal=mode.from_tensor(schedule.signal),
+            noise=mode.from_tensor(schedule.noise),
         )
         tokens = pipe.tokens if isinstance(pipe, Shapes) else pipe.tokenizer.model_max_length
         guided = config.sampling.guidance_scale > 1
@@ -115,11 +114,11 @@ class DryRun:
             prefix: most UNet calls without gradients.
         """
         batch, engine = self.config.batch_size, self.engine
-        draws = Draws(0, 0, tuple(range(batch)))
+        draws = DryDraws(0, 0, tuple(range(batch)))
         config, schedule = engine.config, engine.schedule
         k = gradient_steps_of(self.config) if gradient_steps is None else gradient_steps
         count = min(len(schedule), k + prefix)
-        method = DRaFT(k) if isinstance(config.method, DRaFT) else config.method
+        method = config.method.with_steps(k)
         with self.mode:
             engine.schedule = replace(
                 schedule,
@@ -159,27 +158,24 @@ class DryRun:
 
 def shortened(config: TrainConfig) -> TrainConfig:
     """The same step with fewer UNet calls without gradient, and the most with."""
-    method, steps = config.method, config.sampling.steps
-    if isinstance(method, AlignProp):
-        k = steps if method.k_max is None or method.trl_compat else method.k_max
-        method = DRaFT(k)
-    k = gradient_steps_of(replace(config, method=method))
-    short = min(steps, k + PREFIX)
-    if isinstance(method, DRaFT):
-        method = DRaFT(k)
-    return replace(config, method=method, sampling=replace(config.sampling, steps=short))
+    k, steps = gradient_steps_of(config), config.sampling.steps
+    sampling = replace(config.sampling, steps=min(steps, k + PREFIX))
+    return replace(config, method=config.method.with_steps(k), sampling=sampling)
 
 
 def gradient_steps_of(config: TrainConfig) -> int:
     """The most UNet calls with gradient that a step of this config has: K."""
-    method, steps = config.method, config.sampling.steps
-    if isinstance(method, DRaFTLV):
-        return 1
-    if isinstance(method, DRaFT):
-        return steps if method.k is None else method.k
-    if isinstance(method, AlignProp) and not method.trl_compat:
-        return steps if method.k_max is None else method.k_max
-    return steps
+    return config.method.gradient_steps(config.sampling.steps)
+
+
+class DryDraws(Draws):
+    """Draws whose numbers are known without being drawn: those in the middle."""
+
+    def uniform(self) -> float:
+        return 0.5
+
+    def uniforms(self, count: int) -> list[float]:
+        return [0.5] * count
 
 
 class _Encoder:

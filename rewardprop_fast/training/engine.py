@@ -31,7 +31,8 @@ class StepResult:
 
     Attributes:
         loss: () detached.
-        rewards: (N,) detached, N = copies * B endpoints (copies > 1 for DRaFT-LV).
+        rewards: (N,) detached, N = copies * B endpoints (copies > 1 for DRaFT-LV); of what the
+            method lets rise, which for SRPO is a difference of rewards.
         images: (N, 3, H, W) detached, in [0, 1].
         latents: x_0, (N, 4, h, w) detached.
         prompts: N prompts, as the rewards saw them.
@@ -144,14 +145,14 @@ class Engine:
             images = decode(self.pipe.vae, endpoints)
         with timer("reward"):
             try:
-                rewards = self._score(images, names, facts)
+                rewards = self.config.method.score(self._score, images, names, facts)
             except NonFiniteRewardError as error:
                 raise NonFiniteError(f"{error} It was {where(draws, prompts)}") from error
             loss = self.loss(rewards)
         if not self._is_finite(loss):
             raise NonFiniteError(f"The loss is {loss.item()} {where(draws, prompts)}")
         with timer("decode_backward"):
-            (loss * weight).backward()
+            (loss * (weight * rollout.weight)).backward()
         with timer("backward"):
             rollout.latents.backward(endpoints.grad)
         return StepResult(

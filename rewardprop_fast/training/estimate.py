@@ -16,10 +16,16 @@ from rewardprop_fast.memory.measure import Holding
 from rewardprop_fast.memory.offload import Offloader
 from rewardprop_fast.memory.plan import Plan
 from rewardprop_fast.memory.planner import Limits, Planned, Planner
-from rewardprop_fast.memory.profile import TAIL_PHASES, Networks, Profile, absent, profile
+from rewardprop_fast.memory.profile import (
+    CHAIN_BEGINS,
+    TAIL_PHASES,
+    Networks,
+    Profile,
+    absent,
+    profile,
+)
 from rewardprop_fast.memory.scheduling.backend import COMPUTE
 from rewardprop_fast.memory.scheduling.double import Double
-from rewardprop_fast.methods import DRaFTLV
 from rewardprop_fast.training.dry_run import PREFIX, DryRun, gradient_steps_of
 
 #: Name under which `Estimate.holdings` lists the trained parameters and the optimizer's state.
@@ -119,6 +125,8 @@ def estimate(
 
     def watch(phase: str) -> AbstractContextManager[None]:
         make_room(offloader, phase)
+        if phase == CHAIN_BEGINS:
+            applied.begin()
         return tracker.phase(phase)
 
     engine.watch = watch
@@ -193,8 +201,7 @@ def planner_for(dry: DryRun, profiled: Profile, limits: Limits) -> Planner:
     """What plans this step, for any budget."""
     config = dry.config
     k = gradient_steps_of(config)
-    # DRaFT-LV takes its last step a second time without gradients
-    prefix = config.sampling.steps - k + isinstance(config.method, DRaFTLV)
+    prefix = config.method.plain_steps(config.sampling.steps)
     return Planner(profiled, k, prefix, replace(limits, slack=_SLACK))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import statistics
 import time
 from collections.abc import Sequence
@@ -14,10 +15,11 @@ import torch
 from torch import Tensor
 
 from rewardprop_fast import lora, nn, randomness
-from rewardprop_fast.errors import CheckpointError, ConfigError, NonFiniteError
+from rewardprop_fast.errors import CheckpointError, ConfigError, NonFiniteError, RewardError
 from rewardprop_fast.models import check_pipeline
 from rewardprop_fast.randomness import Draws, Stream
-from rewardprop_fast.rewards import Reward, name_of, prepare, probe
+from rewardprop_fast.rewards import Reward, evaluate, name_of, prepare, probe
+from rewardprop_fast.rewards.base import probe_images
 from rewardprop_fast.training import budget, checkpoint, report, run_files
 from rewardprop_fast.training.config import RunConfig, TrainConfig
 from rewardprop_fast.training.engine import Engine, Loss, StepResult, negative_mean, where
@@ -103,6 +105,7 @@ class RewardPropTrainer:
             self.device,
             self.engine.dtype,
         )
+        self._refuse_useless(reward)
         lora.inject(
             pipe.unet,
             config.lora.rank,
@@ -128,6 +131,17 @@ class RewardPropTrainer:
         self._seconds = 0.0
         self._owns_folder = False  # whether what the run's folder holds is this run's
         self._saved_at = -1
+
+    def _refuse_useless(self, reward: Reward) -> None:
+        """Raises RewardError where the method can learn nothing from this reward."""
+        images = probe_images(self.engine.height, self.engine.width)
+        texts, facts = self.prompts.prompts[:1] * 2, list(self.prompts.metadata[:1]) * 2
+        with torch.no_grad():
+            images = images.to(self.device, self.engine.dtype)
+            score = functools.partial(evaluate, reward)
+            problems = self.config.method.refuses(score, images, list(texts), facts)
+        if problems:
+            raise RewardError(f"The reward {name_of(reward)!r} {' '.join(problems)}")
 
     # ------------------------------------------------------------------ one step
 

@@ -19,12 +19,13 @@ from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 from PIL import Image
 
 from rewardprop_fast.cli import _parser, main
+from rewardprop_fast.cli.plan import _METHODS
 from rewardprop_fast.cli.plan_question import Question, read_question
 from rewardprop_fast.memory import MemoryTracker, find_device, parse_bytes, policy
 from rewardprop_fast.memory.kinds import RESNET, TRANSFORMER_BLOCK
 from rewardprop_fast.memory.plan import Plan, Policy
 from rewardprop_fast.memory.planner import Limits
-from rewardprop_fast.methods import AlignProp, DRaFT, DRaFTLV, Method
+from rewardprop_fast.methods import METHODS, SRPO, AlignProp, DRaFT, DRaFTLV, DRTune, Method, ReFL
 from rewardprop_fast.models.architectures import SCHEDULER
 from rewardprop_fast.models.shapes import load_shapes
 from rewardprop_fast.training.config import LoRAConfig, SamplingConfig, TrainConfig
@@ -277,10 +278,17 @@ def test_the_rewards_of_a_config_are_run_too(config: Path, command: Callable[...
         (("--k", "all"), DRaFT(50)),
         (("--method", "draft_lv"), DRaFTLV()),
         (("--method", "alignprop", "--k", "7"), AlignProp(k_max=7)),
+        (("--method", "drtune", "--k", "7"), DRTune(k=7)),
+        (("--method", "refl"), ReFL()),
+        (("--method", "srpo", "--k", "1"), SRPO()),
     ],
 )
 def test_every_method_can_be_asked_for(options: tuple[str, ...], method: Method) -> None:
     assert question(*options).train.method == method
+
+
+def test_the_command_line_knows_every_method() -> None:
+    assert set(_METHODS) == set(METHODS)
 
 
 def test_copies_take_as_long_as_the_card_s_link_needs() -> None:
@@ -307,7 +315,7 @@ def test_copies_take_as_long_as_the_card_s_link_needs() -> None:
         (("--output", "nowhere/plan.json"), ("--output: nowhere/plan.json cannot be written",)),
         (("--output", "plan.txt"), ("--output", ".json")),
         (("--plot", "plot.gif"), ("--plot", ".svg")),
-        (("--method", "draft_lv", "--k", "3"), ("DRaFT-LV has one step",)),
+        (("--method", "draft_lv", "--k", "3"), ("draft_lv has one step",)),
         (("--config", "nothing.yaml"), ("There is no config file",)),
         (("--height", "129"), ("sampling.height is 129", "multiples of")),
     ],

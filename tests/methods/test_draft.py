@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from rewardprop_fast.methods import METHODS, AlignProp, DRaFT, DRaFTLV
+from rewardprop_fast.methods import DRaFT, DRaFTLV
 from rewardprop_fast.randomness import Draws
 
 
@@ -83,7 +83,3 @@ def test_settings_that_make_no_sense(method, words):
 def test_settings_that_do():
     for method in (DRaFT(), DRaFT(1), DRaFT(10), DRaFTLV(), DRaFTLV(1023)):
         assert method.validate(10) == []
-
-
-def test_names_of_config_files():
-    assert {"draft": DRaFT, "draft_lv": DRaFTLV, "alignprop": AlignProp} == METHODS

@@ -13,7 +13,7 @@ import torch
 
 from rewardprop_fast.errors import ConfigError
 from rewardprop_fast.lora.targets import PRESETS
-from rewardprop_fast.methods import METHODS, AlignProp, DRaFT, DRaFTLV, Method
+from rewardprop_fast.methods import METHODS, SRPO, AlignProp, DRaFT, DRaFTLV, DRTune, Method, ReFL
 from rewardprop_fast.rewards import REWARDS
 from rewardprop_fast.training.config import (
     LoRAConfig,
@@ -142,8 +142,17 @@ def test_whole_numbers_may_be_written_as_floats_only_if_whole() -> None:
 
 
 def test_every_method_round_trips() -> None:
-    assert set(METHODS) == {"draft", "draft_lv", "alignprop"}
-    for method in (DRaFT(), DRaFT(2), DRaFTLV(5), AlignProp(2, 20, "geometric", 0.5, True)):
+    methods = (
+        DRaFT(),
+        DRaFT(2),
+        DRaFTLV(5),
+        AlignProp(2, 20, "geometric", 0.5, True),
+        ReFL(0.5),
+        DRTune(4, 7),
+        SRPO("Realistic", "Painting", 2, 1.0),
+    )
+    assert set(METHODS) == {method.name for method in methods}
+    for method in methods:
         config = RunConfig((RewardConfig("style"),), train=TrainConfig(method=method))
         assert run(config.to_yaml()).train.method == method
 

@@ -13,11 +13,11 @@ from torch._subclasses.fake_tensor import FakeTensor
 from rewardprop_fast import accelerate, lora
 from rewardprop_fast.memory import MemoryTracker, policy
 from rewardprop_fast.memory.plan import Plan, Policy
-from rewardprop_fast.methods import AlignProp, DRaFT, DRaFTLV
+from rewardprop_fast.memory.profile import CHAIN_BEGINS
+from rewardprop_fast.methods import SRPO, AlignProp, DRaFT, DRaFTLV, DRTune, ReFL
 from rewardprop_fast.methods.base import Method
 from rewardprop_fast.models import load_bundled
 from rewardprop_fast.models.shapes import load_shapes
-from rewardprop_fast.randomness import Draws
 from rewardprop_fast.rewards.shapes import tower
 from rewardprop_fast.training.config import (
     LoRAConfig,
@@ -25,7 +25,12 @@ from rewardprop_fast.training.config import (
     SamplingConfig,
     TrainConfig,
 )
-from rewardprop_fast.training.dry_run import DryRun, gradient_steps_of, shortened
+from rewardprop_fast.training.dry_run import (
+    DryDraws,
+    DryRun,
+    gradient_steps_of,
+    shortened,
+)
 from rewardprop_fast.training.engine import Engine, negative_mean
 
 R = Policy.RECOMPUTE
@@ -56,8 +61,13 @@ def ready(pipe: Any, dtype: torch.dtype = torch.float32) -> Any:
     return pipe
 
 
-def measured(tracker: MemoryTracker, engine: Engine, run: Any) -> dict[str, int]:
-    engine.watch = tracker.phase
+def measured(tracker: MemoryTracker, engine: Engine, run: Any, plan: Any = None) -> dict[str, int]:
+    def watch(phase: str) -> Any:
+        if plan is not None and phase == CHAIN_BEGINS:
+            plan.begin()
+        return tracker.phase(phase)
+
+    engine.watch = watch
     for network in (engine.pipe.unet, engine.pipe.vae, engine.reward):
         tracker.count(network)
     schedule = engine.schedule
@@ -67,7 +77,7 @@ def measured(tracker: MemoryTracker, engine: Engine, run: Any) -> dict[str, int]
     return {phase: peak for phase, peak in tracker.peak_by_phase.items() if phase in PHASES}
 
 
-def real_peaks(pipe: Any, reward: Any, config: TrainConfig) -> dict[str, int]:
+def real_peaks(pipe: Any, reward: Any, config: TrainConfig, plan: Any) -> dict[str, int]:
     engine = Engine(pipe, reward, shortened(config), negative_mean)
     prompts = ["a prompt"] * config.batch_size
     # Encoded before, since text encoders are not of the step; and held by the step alone.
@@ -75,11 +85,11 @@ def real_peaks(pipe: Any, reward: Any, config: TrainConfig) -> dict[str, int]:
     engine.encoder = lambda _: encoded.pop()
     engine._score = lambda images, *rest: reward(images, *rest)  # nor is looking at the values
     engine._is_finite = lambda _: True
-    draws = Draws(0, 0, tuple(range(config.batch_size)))
+    draws = DryDraws(0, 0, tuple(range(config.batch_size)))
     latents = torch.zeros(config.batch_size, *engine.latent_shape)
     tracker = MemoryTracker()
     return measured(
-        tracker, engine, lambda: engine.step(prompts, [{}] * len(prompts), latents, draws)
+        tracker, engine, lambda: engine.step(prompts, [{}] * len(prompts), latents, draws), plan
     )
 
 
@@ -94,6 +104,9 @@ def real_peaks(pipe: Any, reward: Any, config: TrainConfig) -> dict[str, int]:
             config(DRaFT(2)),
             Plan(({"step": R}, {"feed-forward": R}), {"decoder block": R}),
         ),
+        ("sd", torch.float32, config(ReFL()), Plan(({"resnet": R},))),
+        ("sd", torch.float32, config(SRPO()), Plan(({"step": R},))),
+        ("sd", torch.float32, config(DRTune(k=3)), Plan(({}, {"step": R}, {"resnet": R}))),
     ],
 )
 def test_peaks_are_those_of_the_real_step(
@@ -102,11 +115,11 @@ def test_peaks_are_those_of_the_real_step(
     pipe, reward = ready(pipeline(kind), dtype), Judge()
     dry = DryRun.of_pipeline(pipe, reward, made)
     applied = policy.apply(plan, pipe.unet, pipe.vae)
-    expected = real_peaks(pipe, reward, made)
+    expected = real_peaks(pipe, reward, made, applied)
     applied.remove()
     applied = policy.apply(plan, dry.engine.pipe.unet, dry.engine.pipe.vae)
     tracker = MemoryTracker()
-    found = measured(tracker, dry.engine, dry.step)
+    found = measured(tracker, dry.engine, dry.step, applied)
     assert found.keys() == expected.keys() == PHASES
     assert found == expected
 
@@ -197,13 +210,16 @@ def test_the_pipeline_it_was_made_of_is_not_touched(pipeline: Any) -> None:
         (AlignProp(k_max=4), 9, 4, 6),
         (AlignProp(k_max=4, trl_compat=True), 9, 9, 9),
         (DRaFT(1), 1, 1, 1),
+        (ReFL(), 50, 1, 3),
+        (DRTune(k=2), 9, 2, 4),
+        (SRPO(), 50, 1, 3),
     ],
 )
 def test_steps_without_gradients_are_few(method: Method, steps: int, k: int, short: int) -> None:
     made = shortened(config(method, steps))
     assert gradient_steps_of(config(method, steps)) == k == gradient_steps_of(made)
     assert made.sampling.steps == short
-    assert isinstance(made.method, DRaFTLV if isinstance(method, DRaFTLV) else DRaFT)
+    assert type(made.method) is (DRaFT if isinstance(method, AlignProp) else type(method))
     assert made.batch_size == 2
 
 

@@ -15,7 +15,7 @@ from rewardprop_fast.memory import MemoryTracker, find_device
 from rewardprop_fast.memory.plan import Plan, Policy
 from rewardprop_fast.memory.planner import BudgetError, Limits
 from rewardprop_fast.memory.scheduling.double import Double
-from rewardprop_fast.methods import AlignProp, DRaFT
+from rewardprop_fast.methods import SRPO, AlignProp, DRaFT, DRTune
 from rewardprop_fast.models import load_bundled
 from rewardprop_fast.training.budget import Memory
 from rewardprop_fast.training.config import LoRAConfig, OutputConfig, SamplingConfig, TrainConfig
@@ -127,20 +127,27 @@ def test_the_estimate_is_the_real_steps_peak(
     assert max(found.values()) == pytest.approx(foreseen.peak, rel=1e-3)
 
 
-@pytest.mark.parametrize(("kind", "k"), [("sd", 1), ("sdxl", 2), ("sd", 5)])
+@pytest.mark.parametrize(
+    ("kind", "method"),
+    [("sd", DRaFT(1)), ("sdxl", DRaFT(2)), ("sd", DRaFT(5)), ("sd", DRTune(4)), ("sd", SRPO())],
+    ids=str,
+)
 def test_a_plan_composed_of_parts_is_never_over_its_budget_when_it_is_run(
-    pipeline: Any, tmp_path: Any, kind: str, k: int
+    pipeline: Any, tmp_path: Any, kind: str, method: Any
 ) -> None:
     trainer = make(
-        pipeline(kind), DRaFT(k), tmp_path, sampling={"steps": 7, "height": 64, "width": 64}
+        pipeline(kind), method, tmp_path, sampling={"steps": 7, "height": 64, "width": 64}
     )
     dry = DryRun.of_pipeline(trainer.pipe, trainer.reward, trainer.config)
     profile = make_profile(dry, CARD)
     kept = plan_for(dry, profile, Limits(None))
-    # of the steps in between a latent more is counted than there is
+    # of the steps in between a latent more is counted than there is, and SRPO's dry run has no row
+    # of coefficients for the way back where only one step is in front of it
     latents = 4 * dry.config.batch_size * math.prod(dry.engine.latent_shape)
     found = estimate(dry, kept.plan, CARD).peak
-    assert 0 <= kept.peak - found <= max(0, k - 2) * latents
+    k = method.gradient_steps(7)
+    row = 12 if isinstance(method, SRPO) else 0
+    assert -row <= kept.peak - found <= max(0, k - 2) * latents
     with pytest.raises(BudgetError) as caught:
         plan_for(dry, profile, Limits(1, apart=False))
     # device and host are one memory there

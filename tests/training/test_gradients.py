@@ -18,7 +18,7 @@ from diffusers import DDIMScheduler
 from peft import LoraConfig
 from torch import Tensor
 
-from rewardprop_fast.methods import AlignProp, DRaFT, DRaFTLV
+from rewardprop_fast.methods import SRPO, AlignProp, DRaFT, DRaFTLV, DRTune, ReFL
 from rewardprop_fast.methods.base import Method, Rollout
 from rewardprop_fast.randomness import Draws
 
@@ -105,25 +105,30 @@ class Naive:
         noise: Tensor | None,
         cut: int = 0,
         detached: frozenset[int] = frozenset(),
+        inputs_detached: bool = False,
+        predicted: bool = False,
     ) -> Tensor:
         """All of it with gradients; the latents are detached at the input of step `cut`, and the
-        prediction at the steps in `detached`."""
+        prediction at the steps in `detached`. `inputs_detached` is of the UNet's calls; with
+        `predicted` the last step's prediction of x_0 comes out."""
         for i in steps:
             t = scheduler.timesteps[i]
             if i == cut:
                 x = x.detach()
+            given = x.detach() if inputs_detached else x
             output = self.pipe.unet(
-                torch.cat([x, x]) if guidance > 1 else x, t, **conditions
+                torch.cat([given, given]) if guidance > 1 else given, t, **conditions
             ).sample
             if guidance > 1:
                 uncond, cond = output.chunk(2)
                 output = uncond + guidance * (cond - uncond)
             if i in detached:
                 output = output.detach()
-            x = scheduler.step(
+            step = scheduler.step(
                 output, t, x, eta=eta, variance_noise=None if noise is None else noise[i]
-            ).prev_sample
-        return x
+            )
+            x = step.prev_sample
+        return step.pred_original_sample if predicted else x
 
     def images(self, x0: Tensor) -> Tensor:
         vae = self.pipe.vae
@@ -179,7 +184,15 @@ CASES = [
     Case("sd", DRaFTLV(n=1), 5, 0.0, size=(16, 16)),
     Case("sd", AlignProp(k_max=3), 5, 0.0),
     Case("sd", AlignProp(k_min=0, trl_compat=True), 5, 0.5),
+    Case("sd", ReFL(last=0.75), 5, 0.5),
+    Case("sd", DRTune(k=2), 5, 0.0, "blurry"),
+    Case("sd", DRTune(k=2, early_stop=2), 1, 0.5),
+    Case("sd", SRPO(), 5, 0.0),
+    Case("sd", SRPO("A photo", "A drawing", jump=2, discount=2.0), 1, 0.5),
     Case("sd-v", DRaFT(), 1, 0.5),
+    Case("sd-v", ReFL(last=0.5), 5, 0.0),
+    Case("sd-v", DRTune(k=3, early_stop=1), 5, 0.5),
+    Case("sd-v", SRPO("", "A drawing"), 5, 0.0),
     Case("sd-v", DRaFT(k=1), 5, 0.0, "blurry"),
     Case("sd-v", DRaFT(k=3), 1, 0.0),
     Case("sd-v", DRaFTLV(n=2), 1, 0.0),
@@ -191,6 +204,9 @@ CASES = [
     Case("sdxl", DRaFTLV(n=2), 5, 0.5, steps=2),
     Case("sdxl", AlignProp(k_min=2, k_max=3), 5, 0.0),
     Case("sdxl", AlignProp(k_min=0, trl_compat=True), 5, 0.0, "blurry"),
+    Case("sdxl", ReFL(), 5, 0.0, steps=2),
+    Case("sdxl", DRTune(k=2, early_stop=1), 5, 0.0, steps=3),
+    Case("sdxl", SRPO("A photo", jump=9), 5, 0.5, steps=2),
 ]
 
 
@@ -230,6 +246,23 @@ def naive_step(
             for start in starts
         )
         copies = len(starts)
+    elif isinstance(method, ReFL):
+        count = round(method.last * case.steps) or 1
+        at = case.steps - count + int(draws.uniform() * count)
+        x_t = naive.chain(latents, conditions, steps=range(at), **rest) if at else latents
+        x_0 = naive.chain(x_t, conditions, steps=range(at, at + 1), cut=at, predicted=True, **rest)
+        ends, copies = (x for x in [x_0]), 1
+    elif isinstance(method, DRTune):
+        u, v = draws.uniforms(2)
+        run = case.steps - int(u * ((method.early_stop or case.steps // 4) + 1))
+        apart = run // method.k
+        offset = int(v * (run - (method.k - 1) * apart))
+        carried = {offset + i * apart for i in range(method.k)}
+        rest |= {"detached": frozenset(set(range(run)) - carried), "inputs_detached": True}
+        x_0 = naive.chain(latents, conditions, steps=range(run), predicted=run < case.steps, **rest)
+        ends, copies = (x for x in [x_0]), 1
+    elif isinstance(method, SRPO):
+        return naive_srpo(case, naive, reward, latents, draws, conditions, rest)
     else:
         cut, detached = case.steps - gradient_steps, frozenset[int]()
         if getattr(method, "trl_compat", False):
@@ -250,6 +283,39 @@ def naive_step(
         rewards.append(value.detach())
         images.append(image.detach())
     return torch.stack(rewards), torch.stack(images)
+
+
+def naive_srpo(
+    case: Case,
+    naive: Naive,
+    reward: Callable[..., Tensor],
+    latents: Tensor,
+    draws: Draws,
+    conditions: dict[str, Any],
+    rest: dict[str, Any],
+) -> tuple[Tensor, Tensor]:
+    """Direct-Align in closed form: x_0 + (sigma_i/alpha_i - sigma_j/alpha_j)(eps - eps_theta)."""
+    method, steps, scheduler = case.method, case.steps, rest["scheduler"]
+    assert isinstance(method, SRPO)
+    x_0 = naive.chain(latents, conditions, steps=range(steps), **rest).detach()
+    i = int(draws.uniform() * steps)
+    j = min(i + method.jump, steps)
+    eps = draws.extra_noise(0, x_0.shape[1:]).to(naive.dtype)
+    x_i = scheduler.add_noise(x_0, eps, scheduler.timesteps[i : i + 1])
+    clean = naive.chain(x_i, conditions, steps=range(i, i + 1), predicted=True, **rest)
+    alpha = scheduler.alphas_cumprod[scheduler.timesteps]
+    ratio = torch.cat([((1 - alpha) / alpha).sqrt(), alpha.new_zeros(1)])
+    guessed = (x_i - alpha[i].sqrt() * clean) / (1 - alpha[i]).sqrt()
+    image = naive.images(x_0 + (ratio[i] - ratio[j]) * (eps - guessed))
+    words = [f"{method.positive}. {text}" if method.positive else text for text in TEXTS]
+    value = reward(image, words, FACTS)
+    if method.positive or method.negative:
+        words = [f"{method.negative}. {text}" if method.negative else text for text in TEXTS]
+        value = value - reward(image, words, FACTS)
+    share = (steps - i) / steps
+    weight = method.discount * share / (method.discount * share + 1 - share)
+    (-weight * value.mean()).backward()
+    return value.detach()[None], image.detach()[None]
 
 
 def relative(got: dict[str, Tensor], wanted: dict[str, Tensor]) -> tuple[float, float]:
