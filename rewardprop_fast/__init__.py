@@ -17,11 +17,21 @@ from rewardprop_fast.version import __version__
 if TYPE_CHECKING:
     from rewardprop_fast import lora, memory, methods, models, nn, ops, presets, rewards, rollout
     from rewardprop_fast.memory.dropin import accelerate, restore
-    from rewardprop_fast.methods import SRPO, AlignProp, DRaFT, DRaFTLV, DRTune, ReFL
+    from rewardprop_fast.methods import (
+        SRPO,
+        AlignProp,
+        DRaFT,
+        DRaFTLV,
+        DRaFTPlus,
+        DRTune,
+        ReFL,
+    )
     from rewardprop_fast.training.config import (
+        EarlyStoppingConfig,
         LoRAConfig,
         OptimizerConfig,
         OutputConfig,
+        RegularisationConfig,
         RunConfig,
         SamplingConfig,
         TrainConfig,
@@ -34,12 +44,15 @@ _HOMES = {
     "AlignProp": "rewardprop_fast.methods",
     "DRaFT": "rewardprop_fast.methods",
     "DRaFTLV": "rewardprop_fast.methods",
+    "DRaFTPlus": "rewardprop_fast.methods",
     "DRTune": "rewardprop_fast.methods",
     "ReFL": "rewardprop_fast.methods",
     "SRPO": "rewardprop_fast.methods",
+    "EarlyStoppingConfig": _CONFIG,
     "LoRAConfig": _CONFIG,
     "OptimizerConfig": _CONFIG,
     "OutputConfig": _CONFIG,
+    "RegularisationConfig": _CONFIG,
     "RunConfig": _CONFIG,
     "SamplingConfig": _CONFIG,
     "TrainConfig": _CONFIG,
@@ -55,10 +68,13 @@ __all__ = [
     "DRTune",
     "DRaFT",
     "DRaFTLV",
+    "DRaFTPlus",
+    "EarlyStoppingConfig",
     "LoRAConfig",
     "OptimizerConfig",
     "OutputConfig",
     "ReFL",
+    "RegularisationConfig",
     "RewardPropTrainer",
     "RunConfig",
     "SamplingConfig",

@@ -34,6 +34,7 @@ class Stream(Enum):
     LV = 5  # the extra endpoints of DRaFT-LV
     EVALUATION = 6  # fixed images that are compared over a run
     INITIALISATION = 7  # LoRA weights at the start
+    PRETRAINING = 8  # images to go on knowing: which, their noise, and samples of the base model
 
 
 def seed_of(seed: int, stream: Stream, step: int = 0, sample: int = 0) -> int:

@@ -74,6 +74,10 @@ class Method(ABC):
         """What is wrong with DDIM's eta for this method; empty if nothing is."""
         return []
 
+    def kl_weight(self) -> float:
+        """Weight of the distance to the base model's predictions that belongs to the method."""
+        return 0.0
+
     def gradient_steps(self, steps: int) -> int:
         """The most UNet calls with gradients that are held at once, in a chain of `steps`."""
         return steps

@@ -164,6 +164,57 @@ class OptimizerConfig(Settings):
     )
 
 
+def _one_source_of_images(settings: RegularisationConfig) -> Iterable[str]:
+    if settings.pretraining_images is not None and not settings.pretraining_coeff:
+        yield "given without pretraining_coeff, so it has no effect; set that above 0."
+
+
+@dataclass(frozen=True)
+class RegularisationConfig(Settings):
+    """What keeps the model near the base model; any method may have it."""
+
+    kl_coeff: float = setting(
+        0.0, at_least=0, help="Weight of the squared distance to the base model's predictions."
+    )
+    pretraining_coeff: float = setting(
+        0.0, at_least=0, help="Weight of the pretraining loss on images to go on knowing."
+    )
+    pretraining_images: str | None = setting(
+        None,
+        pattern=r".*\S.*",
+        allowed="a folder, or null",
+        help="Folder of these, each with a .txt caption; null: samples of the base model.",
+    )
+    pretraining_samples: int = setting(
+        16, at_least=1, help="How many samples of the base model are drawn for it."
+    )
+
+    RULES: ClassVar[tuple[Rule, ...]] = (
+        Rule(
+            "pretraining_images",
+            ("pretraining_images", "pretraining_coeff"),
+            _one_source_of_images,
+        ),
+    )
+
+
+@dataclass(frozen=True)
+class EarlyStoppingConfig(Settings):
+    """When a run ends before its last step, by its evaluation images."""
+
+    every: int = setting(10, at_least=1, help="Steps between two looks at them.")
+    heldout_fall: float | None = setting(
+        None, above=0, help="Stop if the held-out reward is so far below its best; null: never."
+    )
+    diversity_share: float | None = setting(
+        None, above=0, at_most=1, help="Stop if diversity is below this share of the base model's."
+    )
+
+    @property
+    def active(self) -> bool:
+        return self.heldout_fall is not None or self.diversity_share is not None
+
+
 @dataclass(frozen=True)
 class OutputConfig(Settings):
     """What a run writes, and how often."""
@@ -188,6 +239,19 @@ def _method_fits(train: TrainConfig) -> Iterable[str]:
 
 def _eta_fits(train: TrainConfig) -> Iterable[str]:
     return train.method.refuses_eta(train.sampling.eta)
+
+
+def _one_kl(train: TrainConfig) -> Iterable[str]:
+    if train.regularisation.kl_coeff and train.method.kl_weight():
+        yield f"given beside {train.method.name}, which has a kl_coeff of its own; use that one."
+
+
+def _pairs_to_compare(train: TrainConfig) -> Iterable[str]:
+    if train.early_stopping.diversity_share is not None and train.output.grid_size < 2:
+        yield (
+            "given with output.grid_size 1: diversity is that of the evaluation images, of which "
+            "there must be two at least. Raise output.grid_size."
+        )
 
 
 def _schedule_fits(train: TrainConfig) -> Iterable[str]:
@@ -247,6 +311,12 @@ class TrainConfig(Settings):
     encoding: EncodingConfig = setting(EncodingConfig(), help="Prompts to embeddings.")
     lora: LoRAConfig = setting(LoRAConfig(), help="The trained weights.")
     optimizer: OptimizerConfig = setting(OptimizerConfig(), help="The update.")
+    regularisation: RegularisationConfig = setting(
+        RegularisationConfig(), help="What keeps the model near the base model."
+    )
+    early_stopping: EarlyStoppingConfig = setting(
+        EarlyStoppingConfig(), help="When to stop before the last step."
+    )
     output: OutputConfig = setting(OutputConfig(), help="What is written.")
     steps: int = setting(2000, at_least=1, help="Optimizer updates.")
     batch_size: int = setting(4, at_least=1, help="Images drawn at once.")
@@ -280,6 +350,12 @@ class TrainConfig(Settings):
             ("optimizer.schedule", "optimizer.warmup_steps", "steps"),
             _schedule_fits,
         ),
+        Rule("regularisation.kl_coeff", ("method", "regularisation.kl_coeff"), _one_kl),
+        Rule(
+            "early_stopping.diversity_share",
+            ("early_stopping.diversity_share", "output.grid_size"),
+            _pairs_to_compare,
+        ),
         Rule("dtype", ("dtype", "device"), _no_half_on_cpu),
         Rule("memory_budget", ("memory_budget",), _known_budget),
     )
@@ -289,6 +365,11 @@ class TrainConfig(Settings):
         Rule("dtype", ("dtype", "device"), _no_half_without_gpu),
         Rule("memory_budget", ("memory_budget",), _plan_is_there),
     )
+
+    @property
+    def kl_coeff(self) -> float:
+        """Weight of the distance to the base model, the method's own or that of all."""
+        return self.regularisation.kl_coeff or self.method.kl_weight()
 
     def validate(self) -> None:
         """Whether this can train on this machine. Errors: one ConfigError with every problem."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from rewardprop_fast.randomness import Draws
 from rewardprop_fast.rewards import Reward, evaluate
 from rewardprop_fast.rollout import Sampler, Schedule
 from rewardprop_fast.training.config import TrainConfig
+from rewardprop_fast.training.regularisation import DistanceToBase, Pretraining
 from rewardprop_fast.training.timing import PhaseTimer, Watch, unwatched
 
 Loss = Callable[[Tensor], Tensor]
@@ -38,6 +39,8 @@ class StepResult:
         prompts: N prompts, as the rewards saw them.
         metadata: N dicts.
         gradient_steps: K, UNet calls per endpoint that carried gradients.
+        penalties: name -> value of what regularises, () detached and without its weight: "kl" and
+            "pretraining_loss", where they are asked for.
         seconds: phase -> seconds.
     """
 
@@ -48,6 +51,7 @@ class StepResult:
     prompts: list[str]
     metadata: list[dict[str, Any]]
     gradient_steps: int
+    penalties: dict[str, Tensor] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
 
 
@@ -59,9 +63,11 @@ class Engine:
     Attributes:
         watch: surrounds each phase of a step: "prefix", "suffix", "decode", "reward",
             "decode_backward" (of reward and decoder) and "backward" (of the chain).
+        pretraining: images to go on knowing, where the config asks for that.
     """
 
     watch: Watch = staticmethod(unwatched)
+    pretraining: Pretraining | None = None
 
     def __init__(self, pipe: Any, reward: Reward, config: TrainConfig, loss: Loss) -> None:
         self.pipe, self.reward, self.config, self.loss = pipe, reward, config, loss
@@ -136,6 +142,11 @@ class Engine:
         """
         timer = PhaseTimer(self.device, self.watch)
         sampler = self.sampler(prompts, draws, timer)
+        distance = None
+        if self.config.kl_coeff:
+            scale = sampler.guidance_scale if sampler.conditioning.guided else None
+            distance = DistanceToBase(sampler.unet, scale)
+            sampler = replace(sampler, unet=distance)
         rollout = self.config.method.rollout(sampler, latents.to(self.device, self.dtype), draws)
         names = list(prompts) * rollout.copies
         facts = list(metadata) * rollout.copies
@@ -153,8 +164,17 @@ class Engine:
             raise NonFiniteError(f"The loss is {loss.item()} {where(draws, prompts)}")
         with timer("decode_backward"):
             (loss * (weight * rollout.weight)).backward()
+        roots, gradients = [rollout.latents], [endpoints.grad]
+        penalties: dict[str, Tensor] = {}
+        if distance is not None:
+            kl = distance.mean()
+            roots.append(kl)
+            gradients.append(torch.full_like(kl, self.config.kl_coeff * weight))
+            penalties["kl"] = kl.detach()
         with timer("backward"):
-            rollout.latents.backward(endpoints.grad)
+            torch.autograd.backward(roots, gradients)
+        if self.pretraining is not None:
+            penalties["pretraining_loss"] = self._pretrain(timer, draws, weight)
         return StepResult(
             loss.detach(),
             rewards.detach(),
@@ -163,8 +183,22 @@ class Engine:
             names,
             facts,
             rollout.gradient_steps,
+            penalties,
             timer.seconds,
         )
+
+    def _pretrain(self, timer: PhaseTimer, draws: Draws, weight: float) -> Tensor:
+        """Add the gradient of the pretraining loss; behind the chain's, so that each has its turn.
+
+        It holds no more than one step of a chain does, which memory plans rely on.
+        """
+        assert self.pretraining is not None
+        _ = self.pretraining.latents  # made before the phase that needs them
+        with timer("suffix"):
+            loss = self.pretraining.loss(draws)
+        with timer("backward"):
+            (loss * (self.config.regularisation.pretraining_coeff * weight)).backward()
+        return loss.detach()
 
     def _score(self, images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> Tensor:
         return evaluate(self.reward, images, prompts, metadata)

@@ -11,7 +11,15 @@ from rewardprop_fast.training.config import RunConfig, TrainConfig
 from rewardprop_fast.training.prompts import PromptSet
 
 # May change on resume: memory plans and where prompts are encoded do not change a bit of anything.
-_FREE = ("output", "steps", "device", "target_reward", "encoding", "memory_budget")
+_FREE = (
+    "output",
+    "steps",
+    "device",
+    "target_reward",
+    "early_stopping",
+    "encoding",
+    "memory_budget",
+)
 _PARTS = ("prompts", "metadata", "reward", "reward_settings")
 
 

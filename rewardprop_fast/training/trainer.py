@@ -22,6 +22,7 @@ from rewardprop_fast.rewards import Reward, evaluate, name_of, prepare, probe
 from rewardprop_fast.rewards.base import probe_images
 from rewardprop_fast.training import budget, checkpoint, report, run_files
 from rewardprop_fast.training.config import RunConfig, TrainConfig
+from rewardprop_fast.training.early_stopping import EarlyStopping
 from rewardprop_fast.training.engine import Engine, Loss, StepResult, negative_mean, where
 from rewardprop_fast.training.evaluation import Evaluation, Evaluator
 from rewardprop_fast.training.gauges import diversity
@@ -30,6 +31,7 @@ from rewardprop_fast.training.optimization import LoRAOptimizer
 from rewardprop_fast.training.placement import place
 from rewardprop_fast.training.precision import resolve_device, resolve_dtype
 from rewardprop_fast.training.prompts import Prompt, load_prompts
+from rewardprop_fast.training.regularisation import Pretraining
 from rewardprop_fast.training.run_folder import RunFolder
 from rewardprop_fast.training.signals import StopRequest
 
@@ -126,11 +128,19 @@ class RewardPropTrainer:
             plan = budget.make(config.memory_budget, pipe, reward, config, self.device)
             self.memory = budget.Memory(plan, pipe, reward)
             self.engine.watch = self.memory.phase
+        if config.regularisation.pretraining_coeff:
+            self.engine.pretraining = Pretraining(self.engine, self.prompts.prompts)
+        if config.early_stopping.heldout_fall is not None and heldout_reward is None:
+            raise ConfigError(
+                "early_stopping.heldout_fall is given, but there is no held-out reward to look at. "
+                "Give one (heldout_reward), or leave it out."
+            )
         self.evaluator = Evaluator(self.engine, heldout_reward, self.prompts)
         self.step = 0
         self._seconds = 0.0
         self._owns_folder = False  # whether what the run's folder holds is this run's
         self._saved_at = -1
+        self._stopping: dict[str, Any] = {}  # what early stopping knew at the last checkpoint
 
     def _refuse_useless(self, reward: Reward) -> None:
         """Raises RewardError where the method can learn nothing from this reward."""
@@ -253,6 +263,10 @@ class RewardPropTrainer:
             "diversity": diversity(images[: self.config.batch_size]),
             "drift": self.evaluator.drift(),
             "k": sum(result.gradient_steps for result in results) / len(results),
+            **{
+                name: float(sum(result.penalties[name] for result in results)) / len(results)
+                for name in results[0].penalties
+            },
             **phases,
             "peak_memory_bytes": report.peak_memory_bytes(self.device),
         }
@@ -309,7 +323,9 @@ class RewardPropTrainer:
             before = self.evaluate(base=True)
             if fresh:
                 folder.write_images(0, before.images, before.prompts)
-            reached = False
+            stopping = EarlyStopping(config.early_stopping, before)
+            stopping.load(self._stopping)
+            reached, why = False, None
             while self.step < last and not stop.requested and not reached:
                 row = self.update()
                 metrics.write(row)
@@ -317,9 +333,15 @@ class RewardPropTrainer:
                 target = config.target_reward
                 reached = target is not None and row["reward_mean"] >= target
                 every = config.output.images_every
-                if every and self.step % every == 0 and self.step < config.steps:
+                pictures = bool(every) and self.step % every == 0 and self.step < config.steps
+                if pictures or stopping.wanted(self.step):
                     current = self.evaluate()
-                    folder.write_images(self.step, current.images, current.prompts)
+                    if pictures:
+                        folder.write_images(self.step, current.images, current.prompts)
+                    if stopping.wanted(self.step):
+                        why = stopping.reason(current)
+                        reached = reached or why is not None
+                        self._stopping = stopping.state()
                 every = config.output.checkpoint_every
                 if every and self.step % every == 0:
                     self._seconds, started = (
@@ -334,8 +356,10 @@ class RewardPropTrainer:
             if stop.requested or not finished:
                 progress.message(f"Stopped after step {self.step}; saved in {folder.path}.")
                 return TrainResult(self.step, folder.path, stop.exit_code, {})
+            if why is not None:
+                progress.message(f"Stopped after step {self.step}: {why}.")
             after = self.evaluate()
-        summary = self._finish(folder, before, after)
+        summary = self._finish(folder, before, after, why)
         return TrainResult(self.step, folder.path, 0, summary)
 
     def _encoded(self) -> AbstractContextManager[None]:
@@ -344,7 +368,9 @@ class RewardPropTrainer:
         ahead = when == "ahead" or (when == "auto" and self.device.type != "cpu")
         return self.engine.encoder.ahead(self.prompts.prompts) if ahead else nullcontext()
 
-    def _finish(self, folder: RunFolder, before: Evaluation, after: Evaluation) -> dict[str, Any]:
+    def _finish(
+        self, folder: RunFolder, before: Evaluation, after: Evaluation, why: str | None
+    ) -> dict[str, Any]:
         """Write what a finished run hands over: LoRA, pictures, summary, report."""
         folder.write_images(self.step, after.images, after.prompts)
         folder.write_before_after(
@@ -359,6 +385,7 @@ class RewardPropTrainer:
             "heldout_before": None if before.heldout is None else float(before.heldout.mean()),
             "heldout_after": None if after.heldout is None else float(after.heldout.mean()),
             "steps": self.step,
+            "stopped_early": why,
             "seconds": self._seconds,
             # of the training itself: the pictures and evaluations in between are in "seconds"
             "seconds_per_step": statistics.mean(seconds) if seconds else 0.0,
@@ -388,6 +415,7 @@ class RewardPropTrainer:
         output = self.config.output
         state = {
             "seconds": self._seconds,
+            "early_stopping": self._stopping,
             **self._identity(),
         }
         path = checkpoint.save(
@@ -427,6 +455,7 @@ class RewardPropTrainer:
             lora.load_lora_state_dict(self.pipe.unet, found.tensors["lora"])
             self.optimizer.load(found.tensors)
             self._seconds = float(found.state["seconds"])
+            self._stopping = dict(found.state.get("early_stopping", {}))
         except KeyError as error:
             raise CheckpointError(f"{found.path} lacks {error}; it cannot be resumed.") from error
         self.step = found.step
