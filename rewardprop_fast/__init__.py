@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from rewardprop_fast import lora, memory, methods, models, nn, ops, presets, rewards, rollout
     from rewardprop_fast.memory.dropin import accelerate, restore
     from rewardprop_fast.methods import (
+        DDPO,
         SRPO,
         AlignProp,
         DRaFT,
@@ -42,6 +43,7 @@ _CONFIG = "rewardprop_fast.training.config"
 # Name -> module, imported on first use: `rewardprop --help` must not wait for diffusers.
 _HOMES = {
     "AlignProp": "rewardprop_fast.methods",
+    "DDPO": "rewardprop_fast.methods",
     "DRaFT": "rewardprop_fast.methods",
     "DRaFTLV": "rewardprop_fast.methods",
     "DRaFTPlus": "rewardprop_fast.methods",
@@ -63,6 +65,7 @@ _HOMES = {
 _ROOMS = ("lora", "memory", "methods", "models", "nn", "ops", "presets", "rewards", "rollout")
 
 __all__ = [
+    "DDPO",
     "SRPO",
     "AlignProp",
     "DRTune",

@@ -29,7 +29,7 @@ Without --budget it is the card's memory less 1.5 GiB for the driver's context,
 workspaces and fragmentation. The plan file is what the trainer's memory_budget
 and rpf.accelerate(pipe, plan=...) read."""
 
-_METHODS = ("draft", "draft_lv", "draft_plus", "alignprop", "refl", "drtune", "srpo")
+_METHODS = ("draft", "draft_lv", "draft_plus", "alignprop", "refl", "drtune", "srpo", "ddpo")
 _PLOTS = (".png", ".svg", ".pdf")
 
 

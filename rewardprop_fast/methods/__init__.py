@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from rewardprop_fast.methods.alignprop import AlignProp
 from rewardprop_fast.methods.base import Method, Rollout
+from rewardprop_fast.methods.ddpo import DDPO
 from rewardprop_fast.methods.draft import DRaFT
 from rewardprop_fast.methods.draft_lv import DRaFTLV
 from rewardprop_fast.methods.draft_plus import DRaFTPlus
@@ -13,10 +14,11 @@ from rewardprop_fast.methods.srpo import SRPO
 
 #: Every method by the name a config file uses.
 METHODS: dict[str, type[Method]] = {
-    cls.name: cls for cls in (DRaFT, DRaFTLV, DRaFTPlus, AlignProp, ReFL, DRTune, SRPO)
+    cls.name: cls for cls in (DRaFT, DRaFTLV, DRaFTPlus, AlignProp, ReFL, DRTune, SRPO, DDPO)
 }
 
 __all__ = [
+    "DDPO",
     "METHODS",
     "SRPO",
     "AlignProp",

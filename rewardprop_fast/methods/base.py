@@ -25,12 +25,14 @@ class Rollout:
         copies: endpoints per image; prompts and metadata are repeated to match.
         gradient_steps: UNet calls per endpoint that carry gradients (K).
         weight: factor on the loss's gradient.
+        trajectory: x_T ... x_0, (T + 1, B, 4, h, w), of a method that needs them all (DDPO).
     """
 
     latents: Tensor
     copies: int
     gradient_steps: int
     weight: float = 1.0
+    trajectory: Tensor | None = None
 
 
 @dataclass(frozen=True)

@@ -32,9 +32,21 @@ PREFIX = 2
 
 
 class DryEngine(Engine):
-    """An `Engine` whose values nobody can look at."""
+    """An `Engine` whose values nobody can look at.
+
+    Attributes:
+        values_only: whether the method leaves the reward without a gradient. The reward's networks
+            then run without; one that has none is not asked, since it may look at values.
+    """
+
+    values_only = False
 
     def _score(self, images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> Tensor:
+        if self.values_only:
+            if isinstance(self.reward, nn.Module):
+                with torch.no_grad():
+                    self.reward(images, prompts, metadata)
+            return images.float().mean((1, 2, 3))
         values = self.reward(images, prompts, metadata)
         return values if values.dtype == torch.float64 else values.float()
 
@@ -92,6 +104,7 @@ class DryRun:
             vae_scale_factor=pipe.vae_scale_factor,
         )
         engine = DryEngine(fake, reward, shortened(config), negative_mean)
+        engine.values_only = not config.method.needs_reward_gradient
         schedule = engine.schedule
         engine.schedule = replace(
             schedule,

@@ -155,10 +155,7 @@ class Engine:
         with timer("decode"):
             images = decode(self.pipe.vae, endpoints)
         with timer("reward"):
-            try:
-                rewards = self.config.method.score(self._score, images, names, facts)
-            except NonFiniteRewardError as error:
-                raise NonFiniteError(f"{error} It was {where(draws, prompts)}") from error
+            rewards = self.judge(images, names, facts, draws)
             loss = self.loss(rewards)
         if not self._is_finite(loss):
             raise NonFiniteError(f"The loss is {loss.item()} {where(draws, prompts)}")
@@ -174,7 +171,7 @@ class Engine:
         with timer("backward"):
             torch.autograd.backward(roots, gradients)
         if self.pretraining is not None:
-            penalties["pretraining_loss"] = self._pretrain(timer, draws, weight)
+            penalties["pretraining_loss"] = self.pretrain(timer, draws, weight)
         return StepResult(
             loss.detach(),
             rewards.detach(),
@@ -187,7 +184,20 @@ class Engine:
             timer.seconds,
         )
 
-    def _pretrain(self, timer: PhaseTimer, draws: Draws, weight: float) -> Tensor:
+    def judge(
+        self,
+        images: Tensor,
+        prompts: list[str],
+        metadata: list[dict[str, Any]],
+        draws: Draws,
+    ) -> Tensor:
+        """What is to rise, (N,), of a step's images (N, 3, H, W). Errors: NonFiniteError."""
+        try:
+            return self.config.method.score(self._score, images, prompts, metadata)
+        except NonFiniteRewardError as error:
+            raise NonFiniteError(f"{error} It was {where(draws, prompts)}") from error
+
+    def pretrain(self, timer: PhaseTimer, draws: Draws, weight: float) -> Tensor:
         """Add the gradient of the pretraining loss; behind the chain's, so that each has its turn.
 
         It holds no more than one step of a chain does, which memory plans rely on.

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from rewardprop_fast import lora, nn, randomness
 from rewardprop_fast.errors import CheckpointError, ConfigError, NonFiniteError, RewardError
+from rewardprop_fast.methods import DDPO
 from rewardprop_fast.models import check_pipeline
 from rewardprop_fast.randomness import Draws, Stream
 from rewardprop_fast.rewards import Reward, evaluate, name_of, prepare, probe
@@ -29,6 +30,7 @@ from rewardprop_fast.training.gauges import diversity
 from rewardprop_fast.training.identity import differences, identity
 from rewardprop_fast.training.optimization import LoRAOptimizer
 from rewardprop_fast.training.placement import place
+from rewardprop_fast.training.policy_gradient import PolicyGradient
 from rewardprop_fast.training.precision import resolve_device, resolve_dtype
 from rewardprop_fast.training.prompts import Prompt, load_prompts
 from rewardprop_fast.training.regularisation import Pretraining
@@ -106,7 +108,13 @@ class RewardPropTrainer:
             self.prompts.metadata[:2],
             self.device,
             self.engine.dtype,
+            config.method.needs_reward_gradient,
         )
+        if loss is not None and not config.method.needs_reward_gradient:
+            raise ConfigError(
+                f"loss is given, but {config.method.name} has an objective of its own and no "
+                "gradient of the reward. Put what you want into the reward."
+            )
         self._refuse_useless(reward)
         lora.inject(
             pipe.unet,
@@ -135,6 +143,9 @@ class RewardPropTrainer:
                 "early_stopping.heldout_fall is given, but there is no held-out reward to look at. "
                 "Give one (heldout_reward), or leave it out."
             )
+        self.policy: PolicyGradient | None = None
+        if isinstance(config.method, DDPO):
+            self.policy = PolicyGradient(self.engine, config.method)
         self.evaluator = Evaluator(self.engine, heldout_reward, self.prompts)
         self.step = 0
         self._seconds = 0.0
@@ -203,7 +214,8 @@ class RewardPropTrainer:
         weight: float = 1.0,
     ) -> StepResult:
         try:
-            return self.engine.step(prompts, metadata, latents, draws, weight)
+            run = self.engine if self.policy is None else self.policy
+            return run.step(prompts, metadata, latents, draws, weight)
         except BaseException:
             if self.memory is not None:
                 self.memory.reset()
@@ -217,32 +229,82 @@ class RewardPropTrainer:
         started = time.perf_counter()
         config = self.config
         self.optimizer.clear()  # what training_step left is not part of the run
-        results = []
-        for batch in range(config.accumulation_steps):
-            first = batch * config.batch_size
-            draws = Draws(config.seed, self.step, tuple(range(first, first + config.batch_size)))
-            chosen = [
-                randomness.integer(
-                    config.seed, Stream.PROMPTS, self.step, 0, len(self.prompts) - 1, sample
-                )
-                for sample in draws.samples
+        batches = [self._drawn(batch) for batch in range(config.accumulation_steps)]
+        weight = 1 / config.accumulation_steps
+        more: dict[str, Any] = {}
+        if self.policy is None:
+            results = [
+                self._batch(prompts, facts, self._latents(draws), draws, weight)
+                for prompts, facts, draws in batches
             ]
-            prompts = [self.prompts.prompts[i] for i in chosen]
-            facts = [self.prompts.metadata[i] for i in chosen]
-            weight = 1 / config.accumulation_steps
-            results.append(self._batch(prompts, facts, self._latents(draws), draws, weight))
-        update_started = time.perf_counter()
+            update_started = time.perf_counter()
+            norm = self._gradient_norm(results)
+            rate = self.optimizer.update(self.step)
+        else:
+            results, norm, rate, more = self._policy_epochs(self.policy, batches, weight)
+            update_started = time.perf_counter()
+        self.step += 1
+        finished = time.perf_counter()
+        row = self._row(results, norm, rate) | more
+        row |= {"seconds_update": finished - update_started, "seconds": finished - started}
+        return row
+
+    def _drawn(self, batch: int) -> tuple[list[str], list[dict[str, Any]], Draws]:
+        """Prompts, metadata and draws of the step's batch `batch`."""
+        config = self.config
+        first = batch * config.batch_size
+        draws = Draws(config.seed, self.step, tuple(range(first, first + config.batch_size)))
+        chosen = [
+            randomness.integer(
+                config.seed, Stream.PROMPTS, self.step, 0, len(self.prompts) - 1, sample
+            )
+            for sample in draws.samples
+        ]
+        prompts = [self.prompts.prompts[i] for i in chosen]
+        return prompts, [self.prompts.metadata[i] for i in chosen], draws
+
+    def _gradient_norm(self, results: Sequence[StepResult]) -> float:
+        """Of what was accumulated, which is clipped. Errors: NonFiniteError."""
         norm = self.optimizer.gradient_norm()
         if not torch.isfinite(norm):
             self.optimizer.clear()
-            everything = [p for result in results for p in result.prompts[: config.batch_size]]
+            size = self.config.batch_size
+            everything = [p for result in results for p in result.prompts[:size]]
+            draws = Draws(self.config.seed, self.step, ())
             raise NonFiniteError(f"The gradient's norm is {norm.item()} {where(draws, everything)}")
-        rate = self.optimizer.update(self.step)
-        self.step += 1
-        finished = time.perf_counter()
-        row = self._row(results, float(norm), rate)
-        row |= {"seconds_update": finished - update_started, "seconds": finished - started}
-        return row
+        return float(norm)
+
+    def _policy_epochs(
+        self,
+        policy: PolicyGradient,
+        batches: Sequence[tuple[list[str], list[dict[str, Any]], Draws]],
+        weight: float,
+    ) -> tuple[list[StepResult], float, float, dict[str, Any]]:
+        """DDPO: all samples first, then epochs of updates over them.
+
+        Returns:
+            The results, the largest gradient norm, the learning rate, and what else is to report.
+        """
+        try:
+            sampled = [
+                policy.sample(prompts, facts, self._latents(draws), draws)
+                for prompts, facts, draws in batches
+            ]
+            prompts = [prompt for one in sampled for prompt in one.result.prompts]
+            rewards = torch.cat([one.result.rewards for one in sampled])
+            parts = policy.history.advantages(prompts, rewards).split(self.config.batch_size)
+            norm, rate = 0.0, 0.0
+            for _ in range(policy.method.inner_epochs):
+                pairs = zip(sampled, parts, strict=True)
+                sampled = [policy.backward(one, part, weight) for one, part in pairs]
+                norm = max(norm, self._gradient_norm([one.result for one in sampled]))
+                rate = self.optimizer.update(self.step)
+        except BaseException:
+            if self.memory is not None:
+                self.memory.reset()
+            raise
+        clipped = sum(one.clipped for one in sampled) / len(sampled)
+        return [one.result for one in sampled], norm, rate, {"clipped": clipped}
 
     def _row(self, results: Sequence[StepResult], norm: float, rate: float) -> dict[str, Any]:
         rewards = torch.cat([result.rewards for result in results]).float()
@@ -416,6 +478,7 @@ class RewardPropTrainer:
         state = {
             "seconds": self._seconds,
             "early_stopping": self._stopping,
+            "reward_history": {} if self.policy is None else self.policy.history.rewards,
             **self._identity(),
         }
         path = checkpoint.save(
@@ -456,6 +519,8 @@ class RewardPropTrainer:
             self.optimizer.load(found.tensors)
             self._seconds = float(found.state["seconds"])
             self._stopping = dict(found.state.get("early_stopping", {}))
+            if self.policy is not None:
+                self.policy.history.rewards = dict(found.state["reward_history"])
         except KeyError as error:
             raise CheckpointError(f"{found.path} lacks {error}; it cannot be resumed.") from error
         self.step = found.step

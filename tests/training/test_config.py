@@ -13,7 +13,18 @@ import torch
 
 from rewardprop_fast.errors import ConfigError
 from rewardprop_fast.lora.targets import PRESETS
-from rewardprop_fast.methods import METHODS, SRPO, AlignProp, DRaFT, DRaFTLV, DRTune, Method, ReFL
+from rewardprop_fast.methods import (
+    DDPO,
+    METHODS,
+    SRPO,
+    AlignProp,
+    DRaFT,
+    DRaFTLV,
+    DRaFTPlus,
+    DRTune,
+    Method,
+    ReFL,
+)
 from rewardprop_fast.rewards import REWARDS
 from rewardprop_fast.training.config import (
     LoRAConfig,
@@ -150,10 +161,14 @@ def test_every_method_round_trips() -> None:
         ReFL(0.5),
         DRTune(4, 7),
         SRPO("Realistic", "Painting", 2, 1.0),
+        DRaFTPlus(3, 0.5),
+        DDPO(1e-3, 3, 5.0, 32, 8),
     )
     assert set(METHODS) == {method.name for method in methods}
     for method in methods:
-        config = RunConfig((RewardConfig("style"),), train=TrainConfig(method=method))
+        sampling = SamplingConfig(eta=1.0)
+        train = TrainConfig(method=method, sampling=sampling)
+        config = RunConfig((RewardConfig("style"),), train=train)
         assert run(config.to_yaml()).train.method == method
 
 
@@ -591,3 +606,35 @@ def test_the_table_gives_defaults_as_they_are_written() -> None:
     written = [one for one in written if not one.endswith("=required")]
     written = [one for one in written if not one.startswith("train.method.")]
     assert RunConfig.from_yaml(SMALL, written) == run()
+
+
+# ---------------------------------------------------------------------- regularisers, ddpo
+
+
+@pytest.mark.parametrize(
+    ("overrides", "key", "words"),
+    [
+        (["train.method=ddpo"], "train.sampling.eta", "allowed: above 0. The paper has 1."),
+        (
+            ["train.method=draft_plus", "train.regularisation.kl_coeff=1"],
+            "train.regularisation.kl_coeff",
+            "draft_plus, which has a kl_coeff of its own",
+        ),
+        (
+            ["train.regularisation.pretraining_images=photos"],
+            "train.regularisation.pretraining_images",
+            "without pretraining_coeff",
+        ),
+        (
+            ["train.early_stopping.diversity_share=0.5", "train.output.grid_size=1"],
+            "train.early_stopping.diversity_share",
+            "Raise output.grid_size",
+        ),
+        (["train.regularisation.kl_coeff=-1"], "train.regularisation.kl_coeff", "at least 0"),
+        (["train.early_stopping.heldout_fall=0"], "train.early_stopping.heldout_fall", "above 0"),
+    ],
+)
+def test_what_cannot_go_together(overrides: list[str], key: str, words: str) -> None:
+    (line,) = report(SMALL, *overrides)
+    assert line.startswith(f"{key}: ")
+    assert words in line

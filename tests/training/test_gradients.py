@@ -18,7 +18,7 @@ from diffusers import DDIMScheduler
 from peft import LoraConfig
 from torch import Tensor
 
-from rewardprop_fast.methods import SRPO, AlignProp, DRaFT, DRaFTLV, DRTune, ReFL
+from rewardprop_fast.methods import SRPO, AlignProp, DRaFT, DRaFTLV, DRaFTPlus, DRTune, ReFL
 from rewardprop_fast.methods.base import Method, Rollout
 from rewardprop_fast.randomness import Draws
 
@@ -107,10 +107,12 @@ class Naive:
         detached: frozenset[int] = frozenset(),
         inputs_detached: bool = False,
         predicted: bool = False,
+        distances: list[Tensor] | None = None,
     ) -> Tensor:
         """All of it with gradients; the latents are detached at the input of step `cut`, and the
         prediction at the steps in `detached`. `inputs_detached` is of the UNet's calls; with
-        `predicted` the last step's prediction of x_0 comes out."""
+        `predicted` the last step's prediction of x_0 comes out. `distances` from the base model's
+        predictions are noted from `cut` on."""
         for i in steps:
             t = scheduler.timesteps[i]
             if i == cut:
@@ -122,6 +124,8 @@ class Naive:
             if guidance > 1:
                 uncond, cond = output.chunk(2)
                 output = uncond + guidance * (cond - uncond)
+            if distances is not None and i >= cut:
+                distances.append((output - self.base(given, t, conditions, guidance)).pow(2).mean())
             if i in detached:
                 output = output.detach()
             step = scheduler.step(
@@ -129,6 +133,15 @@ class Naive:
             )
             x = step.prev_sample
         return step.pred_original_sample if predicted else x
+
+    def base(self, x: Tensor, t: Tensor, conditions: dict[str, Any], guidance: float) -> Tensor:
+        """The guided prediction without the adapter."""
+        self.pipe.unet.disable_adapters()
+        with torch.no_grad():
+            rows = [x, x] if guidance > 1 else [x]
+            parts = self.pipe.unet(torch.cat(rows), t, **conditions).sample.chunk(len(rows))
+        self.pipe.unet.enable_adapters()
+        return parts[0] + guidance * (parts[1] - parts[0]) if guidance > 1 else parts[0]
 
     def images(self, x0: Tensor) -> Tensor:
         vae = self.pipe.vae
@@ -189,6 +202,8 @@ CASES = [
     Case("sd", DRTune(k=2, early_stop=2), 1, 0.5),
     Case("sd", SRPO(), 5, 0.0),
     Case("sd", SRPO("A photo", "A drawing", jump=2, discount=2.0), 1, 0.5),
+    Case("sd", DRaFTPlus(k=2, kl_coeff=0.3), 5, 0.5),
+    Case("sd-v", DRaFTPlus(k=1, kl_coeff=9.0), 1, 0.0),
     Case("sd-v", DRaFT(), 1, 0.5),
     Case("sd-v", ReFL(last=0.5), 5, 0.0),
     Case("sd-v", DRTune(k=3, early_stop=1), 5, 0.5),
@@ -204,6 +219,7 @@ CASES = [
     Case("sdxl", DRaFTLV(n=2), 5, 0.5, steps=2),
     Case("sdxl", AlignProp(k_min=2, k_max=3), 5, 0.0),
     Case("sdxl", AlignProp(k_min=0, trl_compat=True), 5, 0.0, "blurry"),
+    Case("sdxl", DRaFTPlus(k=1), 5, 0.0, steps=2),
     Case("sdxl", ReFL(), 5, 0.0, steps=2),
     Case("sdxl", DRTune(k=2, early_stop=1), 5, 0.0, steps=3),
     Case("sdxl", SRPO("A photo", jump=9), 5, 0.5, steps=2),
@@ -234,6 +250,7 @@ def naive_step(
     }
     last = case.steps - 1
     method = case.method
+    distances: list[Tensor] | None = [] if isinstance(method, DRaFTPlus) else None
     if isinstance(method, DRaFTLV):
         x1 = naive.chain(latents, conditions, steps=range(last), **rest).detach()
         x0 = naive.chain(x1, conditions, steps=range(last, case.steps), **rest).detach()
@@ -272,14 +289,17 @@ def naive_step(
             cut = 0
             assert detached == {0, 2}
             assert gradient_steps == 2
-        rest |= {"cut": cut, "detached": detached}
+        rest |= {"cut": cut, "detached": detached, "distances": distances}
         ends = (naive.chain(x, conditions, steps=range(case.steps), **rest) for x in [latents])
         copies = 1
     rewards, images = [], []
     for x0 in ends:
         image = naive.images(x0)
         value = reward(image, TEXTS, FACTS)
-        (loss(value) / copies).backward()
+        total = loss(value) / copies
+        if isinstance(method, DRaFTPlus) and distances:
+            total = total + method.kl_coeff * torch.stack(distances).mean()
+        total.backward()
         rewards.append(value.detach())
         images.append(image.detach())
     return torch.stack(rewards), torch.stack(images)
