@@ -12,7 +12,19 @@ from rewardprop_fast.errors import ConfigError
 from rewardprop_fast.methods import AlignProp, DRaFT, DRaFTLV
 from rewardprop_fast.training.config import RunConfig
 
-NAMES = ["alignprop", "draft-large", "draft-lv", "draft-small", "quickstart", "sdxl-draft1"]
+NAMES = [
+    "alignprop",
+    "ddpo",
+    "draft-large",
+    "draft-lv",
+    "draft-plus",
+    "draft-small",
+    "drtune",
+    "quickstart",
+    "refl",
+    "sdxl-draft1",
+    "srpo",
+]
 
 
 def read(name: str) -> RunConfig:
@@ -69,6 +81,9 @@ def test_the_numbers_of_the_papers() -> None:
     assert (alignprop.lora.rank, alignprop.optimizer.max_grad_norm) == (4, 5.0)
     assert alignprop.optimizer.learning_rate == 1e-3
     assert alignprop.method == AlignProp(k_min=1, k_max=50)
+    ddpo = read("ddpo").train
+    assert ddpo.batch_size * ddpo.accumulation_steps == 256
+    assert (ddpo.sampling.steps, ddpo.sampling.guidance_scale, ddpo.sampling.eta) == (50, 5.0, 1.0)
     for train in (small, large, alignprop, lv):
         assert (train.sampling.steps, train.sampling.guidance_scale) == (50, 7.5)
         assert train.optimizer.betas == (0.9, 0.999)

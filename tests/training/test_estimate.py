@@ -129,7 +129,7 @@ def test_the_estimate_is_the_real_steps_peak(
 
 @pytest.mark.parametrize(
     ("kind", "method"),
-    [("sd", DRaFT(1)), ("sdxl", DRaFT(2)), ("sd", DRaFT(5)), ("sd", DRTune(4)), ("sd", SRPO())],
+    [("sd", DRaFT(1)), ("sdxl", DRaFT(2)), ("sd", DRaFT(5)), ("sd", DRTune(2)), ("sd", SRPO())],
     ids=str,
 )
 def test_a_plan_composed_of_parts_is_never_over_its_budget_when_it_is_run(
