@@ -124,7 +124,11 @@ def build_trainer(config: RunConfig) -> RewardPropTrainer:
 def _reward(specs: Sequence[RewardConfig]) -> Reward | None:
     from rewardprop_fast.rewards import build_all
 
-    return build_all([(spec.name, spec.weight, spec.args) for spec in specs]) if specs else None
+    return (
+        build_all([(spec.name, spec.weight, spec.args, spec.normalise) for spec in specs])
+        if specs
+        else None
+    )
 
 
 def holds_run(directory: Path) -> bool:

@@ -71,7 +71,9 @@ class Question:
         if self.specs:
             from rewardprop_fast.rewards import build_all, prepare
 
-            made = build_all([(spec.name, spec.weight, spec.args) for spec in self.specs])
+            made = build_all(
+                [(spec.name, spec.weight, spec.args, spec.normalise) for spec in self.specs]
+            )
             return prepare(made, "cpu", dtype)
         if self.reward == "none":
             return _brightness

@@ -19,6 +19,7 @@ from rewardprop_fast.rewards.jpeg import (
     JPEGIncompressibility,
 )
 from rewardprop_fast.rewards.jpeg_size import JPEGSize
+from rewardprop_fast.rewards.normalised import Normalised, measure
 from rewardprop_fast.rewards.registry import REWARDS, build, build_all
 from rewardprop_fast.rewards.symmetry import SymmetryReward
 
@@ -31,6 +32,7 @@ __all__ = [
     "JPEGCompressibility",
     "JPEGIncompressibility",
     "JPEGSize",
+    "Normalised",
     "Reward",
     "SymmetryReward",
     "build",
@@ -39,6 +41,7 @@ __all__ = [
     "check_signature",
     "evaluate",
     "is_differentiable",
+    "measure",
     "name_of",
     "prepare",
     "probe",

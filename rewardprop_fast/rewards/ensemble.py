@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
 
 from rewardprop_fast.errors import ConfigError
 from rewardprop_fast.rewards.base import Reward, check_signature, evaluate, name_of
+from rewardprop_fast.rewards.normalised import Normalised, measure
 
 
 class Ensemble(nn.Module):
     """``sum_i weight_i * reward_i(images, prompts, metadata)``.
 
     ``rewards``: pairs (reward, weight), or a mapping from reward to weight. A negative weight
-    penalises. Weights are used as given, not normalised, so mind the rewards' scales (see
-    docs/rewards.md). Members that are nn.Modules move and freeze with the ensemble. Two members of
-    one name are told apart in reports as ``name``, ``name_2`` and so on.
+    penalises. Weights are used as given, and rewards have different scales: put them on one with
+    `normalised`, or with `Normalised` members (see docs/rewards.md). Members that are nn.Modules
+    move and freeze with the ensemble. Two members of one name are told apart in reports as
+    ``name``, ``name_2`` and so on.
 
     Raises ConfigError for an empty list or a weight that is zero or not a finite number,
     RewardError for a member that is no reward.
@@ -62,6 +64,23 @@ class Ensemble(nn.Module):
         for name, weight in zip(self.member_names[1:], self.weights[1:], strict=True):
             total = total + weight * components[name].to(total.device)
         return total
+
+    def normalised(
+        self, images: Tensor, prompts: Sequence[str], metadata: Sequence[dict[str, Any]] = ()
+    ) -> Ensemble:
+        """The same with each member's mean and spread over ``images`` (N, 3, H, W) taken out.
+
+        The numbers stay as they are measured here. Pictures of the base model are the ones to
+        measure on: ``trainer.sample(prompts, base=True)``.
+
+        Raises:
+            ConfigError: a member is the same for all of them.
+        """
+        scaled = [
+            Normalised(member, *measure(member, images, prompts, metadata))
+            for member in self.members
+        ]
+        return Ensemble(zip(scaled, self.weights, strict=True))
 
     def forward(self, images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> Tensor:
         return self.combine(self.components(images, prompts, metadata))

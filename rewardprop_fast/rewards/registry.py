@@ -15,6 +15,7 @@ from typing import Any
 from rewardprop_fast.errors import ConfigError, ModelError, RewardError
 from rewardprop_fast.rewards.base import Reward, check_signature
 from rewardprop_fast.rewards.ensemble import Ensemble
+from rewardprop_fast.rewards.normalised import Normalised
 
 # Module and attribute, imported only when asked for: a config naming one reward does not load the
 # others.
@@ -66,15 +67,16 @@ def build(name: str, /, **kwargs: Any) -> Reward:
     return _make(name, getattr(importlib.import_module(module), attribute), kwargs)
 
 
-def build_all(specs: Iterable[tuple[str, float, Mapping[str, Any]]]) -> Reward:
+def build_all(specs: Iterable[tuple[Any, ...]]) -> Reward:
     """The reward for a list of (name, weight, arguments): the only one itself, or an `Ensemble`.
 
-    One reward of weight 1 is returned bare. All that is wrong with the list is reported in one
+    A fourth entry, (mean, std) or None, puts a reward on a scale of its own (`Normalised`). One
+    reward of weight 1 is returned bare. All that is wrong with the list is reported in one
     ConfigError.
     """
     pairs: list[tuple[Reward, float]] = []
     errors: list[str] = []
-    for name, weight, kwargs in specs:
+    for name, weight, kwargs, *scale in specs:
         if not isinstance(kwargs, Mapping) or not all(isinstance(key, str) for key in kwargs):
             errors.append(
                 f"The arguments of the reward {name!r} must be names with values, got {kwargs!r}."
@@ -82,6 +84,8 @@ def build_all(specs: Iterable[tuple[str, float, Mapping[str, Any]]]) -> Reward:
             continue
         try:
             reward = build(name, **kwargs)
+            if scale and scale[0] is not None:
+                reward = Normalised(reward, *scale[0])
             Ensemble([(reward, weight)])  # for its checks
             pairs.append((reward, weight))
         except (ConfigError, RewardError) as error:

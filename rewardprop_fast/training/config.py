@@ -75,6 +75,12 @@ class PromptsConfig(Settings):
     RULES: ClassVar[tuple[Rule, ...]] = (Rule("list", ("source", "list"), _one_source_of_prompts),)
 
 
+def _mean_and_std(reward: RewardConfig) -> Iterable[str]:
+    pair = reward.normalise
+    if pair is not None and (len(pair) != 2 or not pair[1] > 0):
+        yield f"got {show(list(pair))}; allowed: two numbers, [mean, std], the second above 0."
+
+
 @dataclass(frozen=True)
 class RewardConfig(Settings):
     """One reward of a weighted sum. `style` alone is short for `{name: style}`."""
@@ -82,7 +88,11 @@ class RewardConfig(Settings):
     name: str = setting(help="A built-in reward, or python:module:attribute for your own.")
     weight: float = setting(1.0, help="Its share of the sum; negative to be driven down.")
     args: dict[str, Any] = setting(factory=dict, help="The reward's own arguments.")
+    normalise: tuple[float, ...] | None = setting(
+        None, help="[mean, std] that are taken out of it, so that weights mean the same."
+    )
 
+    RULES: ClassVar[tuple[Rule, ...]] = (Rule("normalise", ("normalise",), _mean_and_std),)
     SHORT_FORM: ClassVar[str | None] = "name"
 
 

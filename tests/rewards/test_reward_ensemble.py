@@ -143,3 +143,63 @@ def test_colour_is_best_on_its_colour_and_gives_minus_the_mean_square():
 def test_impossible_colours_are_refused(colour):
     with pytest.raises(ConfigError, match="three numbers"):
         rewards.ColourReward(colour)
+
+
+# ---------------------------------------------------------------------- on one scale
+
+
+def pictures(count=6):
+    return torch.rand(count, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+
+
+def test_a_normalised_reward_is_that_reward_on_another_scale():
+    images, prompts, facts = pictures(), ["p"] * 6, [{}] * 6
+    plain = rewards.build("colour", colour=[0, 1, 0])
+    mean, std = rewards.measure(plain, images, prompts)
+    values = plain(images, prompts, facts).double()
+    assert (mean, std) == pytest.approx((values.mean().item(), values.std().item()))
+    scaled = rewards.Normalised(plain, mean, std)
+    found = scaled(images, prompts, facts)
+    torch.testing.assert_close(found.double(), (values - mean) / std, rtol=1e-4, atol=1e-5)
+    assert rewards.name_of(scaled) == "colour"
+    assert rewards.probe(scaled, 8, 8).shape == (2,)
+
+
+def test_members_of_different_units_weigh_the_same_once_normalised():
+    images, prompts, facts = pictures(), ["p"] * 6, [{}] * 6
+    pairs = [(rewards.build("colour"), 1.0), (rewards.build("jpeg_incompressibility"), -2.0)]
+    ensemble = rewards.Ensemble(pairs).normalised(images, prompts)
+    parts = ensemble.components(images, prompts, facts)
+    assert list(parts) == ["colour", "jpeg_incompressibility"]
+    for values in parts.values():
+        assert abs(values.mean()) < 1e-3
+        assert values.std() == pytest.approx(1, rel=1e-3)
+    expected = parts["colour"] - 2 * parts["jpeg_incompressibility"]
+    torch.testing.assert_close(ensemble(images, prompts, facts), expected)
+
+
+def test_a_normalised_member_is_checked_frozen_and_given_the_dtype_as_others():
+    reward = rewards.build_all(
+        [("jpeg_size", 1.0, {}, (-3.0, 0.5)), ("colour", 1.0, {}, None), ("brightness", 2.0, {})]
+    )
+    assert reward.weights == (1.0, 1.0, 2.0)
+    assert not rewards.is_differentiable(reward)
+    with pytest.raises(RewardError, match="'jpeg_size' has no gradient by nature"):
+        rewards.probe(reward, 8, 8)
+    alone = rewards.build_all([("colour", 1.0, {}, (0.5, 2.0))])
+    assert isinstance(alone, rewards.Normalised)
+
+
+@pytest.mark.parametrize(
+    ("mean", "std", "words"),
+    [(0, 0, "std"), (0, -1, "std"), (float("nan"), 1, "mean"), ("0", 1, "mean"), (0, True, "std")],
+)
+def test_impossible_scales_are_refused(mean, std, words):
+    with pytest.raises(ConfigError, match=f"{words} of the reward 'colour'"):
+        rewards.Normalised(rewards.build("colour"), mean, std)
+
+
+def test_pictures_that_are_all_alike_set_no_scale():
+    flat = torch.zeros(3, 3, 8, 8)
+    with pytest.raises(ConfigError, match="'colour' is the same for all 3"):
+        rewards.measure(rewards.build("colour"), flat, ["p"] * 3)
