@@ -31,7 +31,7 @@ _NO_GRADIENT_ADVICE = (
     "Methods that differentiate the reward (DRaFT, AlignProp and the like) cannot use it. Make it "
     "differentiable: no torch.no_grad(), .detach(), .item(), numpy, rounding or argmax between the "
     "images and the result. For a reward that cannot be made differentiable the method is DDPO "
-    "(policy gradient, arXiv 2305.13301)."
+    "(`method: {name: ddpo}`; policy gradient, arXiv 2305.13301)."
 )
 
 
