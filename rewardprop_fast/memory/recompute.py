@@ -118,8 +118,11 @@ _ADVICE = (
 )
 
 
-class _Done(Exception):
-    """Ends a second run behind its last saved tensor."""
+class _Done(BaseException):
+    """Ends a second run behind its last saved tensor.
+
+    No Exception: what is run again may catch those and take them for its own.
+    """
 
 
 class _Frame:

@@ -44,10 +44,10 @@ class Ensemble(nn.Module):
         self.weights = tuple(float(weight) for _, weight in pairs)
         self.name = "ensemble(" + ", ".join(self.member_names) + ")"
         # Registered so that .to() and requires_grad_() reach them; `members` also holds plain
-        # functions.
-        self.modules_among_members = nn.ModuleList(
-            reward for reward in self.members if isinstance(reward, nn.Module)
-        )
+        # functions. Each by itself and not as a list, whose parts memory plans take for layers.
+        for index, reward in enumerate(self.members):
+            if isinstance(reward, nn.Module):
+                self.add_module(f"member_{index}", reward)
 
     def components(
         self, images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]

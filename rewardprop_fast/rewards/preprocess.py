@@ -159,13 +159,6 @@ def _sizes(value: Any, default: Preprocess) -> tuple[int, int]:
     return int(value["height"]), int(value["width"])
 
 
-def is_fake(tensor: Tensor) -> bool:
-    """Whether it has a shape and no values (`memory`'s dry runs), so that nothing can be read."""
-    from torch._subclasses.fake_tensor import FakeTensor
-
-    return isinstance(tensor, FakeTensor) or tensor.device.type == "meta"
-
-
 def at_least_fp32(tensor: Tensor) -> Tensor:
     """Scores are not taken in half precision: differences between pictures would be lost."""
     return tensor.to(torch.float32) if tensor.element_size() < 4 else tensor

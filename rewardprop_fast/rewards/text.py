@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from rewardprop_fast.errors import RewardError
-from rewardprop_fast.rewards.preprocess import is_fake
+from rewardprop_fast.rewards.base import is_fake
 
 #: Prompts that are kept; one of 1024 fp32 features is 4 KiB.
 KEPT = 16_384

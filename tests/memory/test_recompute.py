@@ -501,3 +501,18 @@ def test_with_retain_graph_nothing_made_again_is_kept() -> None:
         (gradient,) = torch.autograd.grad(y, x, torch.ones_like(y), retain_graph=True)
         assert gradient.shape == x.shape
         assert tracker.live_bytes == 3 * 4 * KIB  # x, y and the gradient
+
+
+def test_what_catches_every_exception_does_not_catch_the_end_of_a_second_run() -> None:
+    """A reward's evaluation turns whatever is raised into an error of its own."""
+
+    def careful(x: Tensor) -> Tensor:
+        try:
+            return (x * 2).sin().exp() + 1
+        except Exception as error:
+            raise ValueError("mine") from error
+
+    x = torch.randn(3, requires_grad=True)
+    (plain,) = torch.autograd.grad(careful(x).sum(), x)
+    (again,) = torch.autograd.grad(recompute(careful, x).sum(), x)
+    assert torch.equal(plain, again)

@@ -184,9 +184,24 @@ def test_the_towers_layers_are_blocks_that_can_be_computed_again(make, name):
     assert (once, twice) == (1, 2)
 
 
-@pytest.mark.parametrize("name", NAMES)
+def test_in_an_ensemble_the_blocks_are_the_layers_and_not_the_members(make):
+    scaled = rewards.Normalised(make("aesthetic"), 1.0, 2.0)
+    ensemble = rewards.Ensemble([(make("clip_score"), 1.0), (scaled, 1.0)])
+    names = [segment.name for segment in reward_segments(ensemble)]
+    inside = ("member_0.images", "member_1.reward.images")
+    assert names == [
+        f"reward.{path}.vision.encoder.layers.{i}" for path in inside for i in range(3)
+    ]
+
+
+@pytest.mark.parametrize("name", [*NAMES, "ensemble"])
 def test_it_runs_on_tensors_without_values(make, name):
-    reward = make(name)
+    if name == "ensemble":
+        pairs = (("clip_score", 1.0), ("aesthetic", 2.0))
+        scaled = [(rewards.Normalised(make(member), 0, 1), weight) for member, weight in pairs]
+        reward = rewards.Ensemble(scaled)
+    else:
+        reward = make(name)
     expected = reward(crops(2, SIDE), PROMPTS, EMPTY).dtype
     mode = FakeTensorMode()
     fake = memory.make_fake(copy.deepcopy(reward), mode)
