@@ -76,8 +76,10 @@ def restore(model: Any) -> int:
 
 
 def _remove_plan(model: Any) -> None:
-    roots = [model] if isinstance(model, nn.Module) else [model.unet, model.vae]
-    for root in roots:
+    parts = [model, getattr(model, "unet", None), getattr(model, "vae", None)]
+    for root in parts:
+        if not isinstance(root, nn.Module):
+            continue
         for module in root.modules():
             for found in list(vars(module).values()):
                 if isinstance(found, policy.Runner):
