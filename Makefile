@@ -20,8 +20,10 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 TORCH := $(shell grep '^torch==' requirements-dev.lock)
 CPP := $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-# The tests are many small computations, which threads that wait for each other make slower.
+# The tests are many small computations, which threads that wait for each other make slower: two processes
+# of one thread each.
 TEST_THREADS ?= 1
+TEST_WORKERS ?= 2
 
 .PHONY: demo test sanitize lint format bench clean install
 .DELETE_ON_ERROR:
@@ -30,7 +32,7 @@ demo: install
 	$(BIN)/rewardprop quickstart $(ARGS)
 
 test: install
-	OMP_NUM_THREADS=$(TEST_THREADS) $(BIN)/python -m pytest $(ARGS)
+	OMP_NUM_THREADS=$(TEST_THREADS) $(BIN)/python -m pytest -n $(TEST_WORKERS) --dist worksteal $(ARGS)
 
 sanitize: install
 	OMP_NUM_THREADS=$(TEST_THREADS) $(BIN)/python -m tools.sanitize $(ARGS)
