@@ -55,8 +55,7 @@ class PromptCache:
             return like.new_zeros((len(prompts), *self.shape), dtype=self.dtype, device=device)
         missing = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._kept]
         if missing:
-            # Not under inference_mode, whose tensors could not take part in a later backward pass.
-            with torch.inference_mode(False), torch.no_grad():
+            with torch.no_grad():
                 encoded = self.encode(missing)
             assert encoded.shape == (len(missing), *self.shape), encoded.shape
             for prompt, row in zip(missing, encoded, strict=True):

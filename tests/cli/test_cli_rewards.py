@@ -6,9 +6,11 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from safetensors.torch import load_file
 
+from rewardprop_fast.cli.common import build_trainer
 from rewardprop_fast.memory.plan import Plan, Policy
 from rewardprop_fast.training.config import RewardConfig, RunConfig
 from tests.rewards.folders import clip_folder, head_file
@@ -106,6 +108,14 @@ def test_what_is_wrong_is_said_once_and_before_anything_is_written(
     assert words in said
     assert said.count(words) == 1
     assert not Path("out").exists()
+
+
+def test_the_networks_compute_in_the_runs_dtype(config: Path, models: Path) -> None:
+    with_rewards(config, both(models), both(models)[:1])
+    trainer = build_trainer(RunConfig.from_yaml(config, ["train.dtype=bfloat16"]))
+    for reward in (trainer.reward, trainer.evaluator.heldout_reward):
+        assert isinstance(reward, torch.nn.Module)
+        assert {parameter.dtype for parameter in reward.parameters()} == {torch.bfloat16}
 
 
 def test_normalise_comes_back_from_a_config() -> None:

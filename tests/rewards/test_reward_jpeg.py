@@ -284,3 +284,13 @@ def test_free_pixels_that_ascend_the_size_make_a_much_smaller_real_file():
     start = picture(48, 48, 0.05)
     after = ascend(rewards.JPEGCompressibility(80, "size"), start)
     assert jpeg_bytes(after[0], 80) < 0.75 * jpeg_bytes(start[0], 80)
+
+
+def test_a_flat_picture_costs_its_average_once_a_row_of_blocks():
+    """Four blocks of luma in two rows; the second of each row differs from its neighbour by 0."""
+    level = 0.75
+    images = torch.full((1, 3, 16, 16), level, dtype=torch.float64)
+    steps = 8 * (255 * level - 128) / 16  # at quality 50 the first of the luma table is 16
+    expected = (620 + 2.5 / 8 * 2 * np.log2(1 + steps)) / 1000
+    size = rewards.JPEGIncompressibility(50, "size")(images, [""], [{}])
+    assert size.item() == pytest.approx(expected, rel=1e-9)
