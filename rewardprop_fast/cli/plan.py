@@ -47,7 +47,12 @@ def add_to(verbs: Any) -> None:
     add("--model", help="sdxl, sd15, bundled, a pipeline's folder or hub name (default: bundled)")
     add("--height", type=int, metavar="PIXELS", help="default: the model's own size")
     add("--width", type=int, metavar="PIXELS", help="default: the model's own size")
-    add("--method", choices=_METHODS, help="default: draft")
+    add(
+        "--method",
+        choices=_METHODS,
+        metavar="METHOD",
+        help=f"{', '.join(_METHODS)} (default: draft)",
+    )
     add("--k", metavar="K", help="steps with gradients, at most; a number or all (default: 1)")
     add("--steps", type=int, metavar="T", help="sampling steps (default: 50)")
     add("--guidance", type=float, metavar="W", help="guidance; 1 is without (default: 7.5)")

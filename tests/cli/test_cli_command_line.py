@@ -15,7 +15,17 @@ from rewardprop_fast.cli import main
 from rewardprop_fast.version import __version__
 
 ROOT = Path(__file__).parents[2]
-VERBS = ["quickstart", "plan", "train", "sample", "export", "presets", "settings", "doctor"]
+VERBS = [
+    "quickstart",
+    "plan",
+    "train",
+    "sample",
+    "export",
+    "convert-reward",
+    "presets",
+    "settings",
+    "doctor",
+]
 
 
 def test_help_errors_and_presets_wait_for_no_heavy_library(tmp_path: Path) -> None:
