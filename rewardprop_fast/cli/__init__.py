@@ -9,6 +9,7 @@ from rewardprop_fast.cli import (
     convert_reward,
     doctor,
     export,
+    mix,
     plan,
     presets,
     quickstart,
@@ -21,7 +22,7 @@ from rewardprop_fast.cli.parsing import Parser, overrides_of
 from rewardprop_fast.cli.threads import wait_asleep
 from rewardprop_fast.version import __version__
 
-_VERBS = (quickstart, plan, train, sample, export, convert_reward, presets, settings, doctor)
+_VERBS = (quickstart, plan, train, sample, export, mix, convert_reward, presets, settings, doctor)
 
 _DESCRIPTION = """\
 Fine-tune a diffusion model towards a reward, by back-propagating the reward

@@ -36,6 +36,7 @@ from rewardprop_fast.lora.inject import (
     attach,
     load_lora_state_dict,
     lora_parameters,
+    refuse_second_adapter,
     resolve_adapter_name,
 )
 from rewardprop_fast.lora.kohya import PREFIX, kohya_names
@@ -64,19 +65,42 @@ def load(
     """
     unet = unet_of(model)
     file = _lora_file(Path(path))
-    layers = _read_layers(unet, file)
-    _check_layers(unet, layers, file)
+    layers = read(unet, file)
     if getattr(unet, "peft_config", {}):
         adapter_name = resolve_adapter_name(unet, adapter_name)
         _check_alpha(unet, layers, adapter_name, file)
     else:
         adapter_name = adapter_name or "default"
         attach(unet, _config_for(layers), seed=0, adapter_name=adapter_name)
+    fill(unet, layers, adapter_name)
+    return list(lora_parameters(unet, adapter_name).values())
+
+
+def read(model: Any, path: str | os.PathLike[str]) -> dict[str, LayerLoRA]:
+    """The layers of a LoRA file of either format, by module name; the model is not changed.
+
+    Arguments and errors as in `load`: every layer is there in the model and has its width.
+    """
+    unet, file = unet_of(model), _lora_file(Path(path))
+    layers = _read_layers(unet, file)
+    _check_layers(unet, layers, file)
+    return layers
+
+
+def put(model: Any, layers: Mapping[str, LayerLoRA], adapter_name: str = "default") -> None:
+    """Attach a new adapter that holds these layers. Raises ConfigError if there is one already."""
+    unet = unet_of(model)
+    refuse_second_adapter(unet)
+    attach(unet, _config_for(layers), seed=0, adapter_name=adapter_name)
+    fill(unet, layers, adapter_name)
+
+
+def fill(model: Any, layers: Mapping[str, LayerLoRA], adapter_name: str | None = None) -> None:
+    """Write weights into an adapter that has these layers and ranks. Raises ExportError."""
     weights = {}
     for name, layer in layers.items():
         weights[name + DOWN], weights[name + UP] = layer.down, layer.up
-    load_lora_state_dict(unet, weights, adapter_name)
-    return list(lora_parameters(unet, adapter_name).values())
+    load_lora_state_dict(unet_of(model), weights, adapter_name)
 
 
 def _lora_file(path: Path) -> Path:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from rewardprop_fast.errors import ModelError, NonFiniteError, NonFiniteRewardError
+from rewardprop_fast.lora import Annealed
 from rewardprop_fast.models import EmbeddingCache, PromptEncoder, check_size, decode, default_size
 from rewardprop_fast.randomness import Draws
 from rewardprop_fast.rewards import Reward, evaluate
@@ -217,9 +218,17 @@ class Engine:
         return bool(torch.isfinite(loss))
 
     @torch.no_grad()
-    def sample(self, prompts: Sequence[str], latents: Tensor, draws: Draws) -> Tensor:
-        """Images (B, 3, H, W) in [0, 1] from noise x_T (B, 4, h, w)."""
+    def sample(
+        self, prompts: Sequence[str], latents: Tensor, draws: Draws, aig: float | None = None
+    ) -> Tensor:
+        """Images (B, 3, H, W) in [0, 1] from noise x_T (B, 4, h, w).
+
+        Args:
+            aig: power of annealed importance guidance, see `lora.Annealed`; None is without.
+        """
         sampler = self.sampler(prompts, draws, PhaseTimer(self.device, self.watch))
+        if aig is not None:
+            sampler = replace(sampler, unet=Annealed(sampler.unet, len(sampler), aig))
         x0 = sampler.run(latents.to(self.device, self.dtype), 0, len(sampler), gradients=False)
         with self.watch("decode"):
             return decode(self.pipe.vae, x0)

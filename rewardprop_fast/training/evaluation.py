@@ -42,13 +42,21 @@ class Evaluator:
         self.engine, self.heldout_reward, self.prompts = engine, heldout_reward, prompts
         self._drift: DriftGauge | None = None
 
-    def sample(self, prompts: Sequence[str], seed: int, *, base: bool, strength: float) -> Tensor:
+    def sample(
+        self,
+        prompts: Sequence[str],
+        seed: int,
+        *,
+        base: bool,
+        strength: float,
+        aig: float | None = None,
+    ) -> Tensor:
         """Images (N, 3, H, W) in [0, 1] on the CPU, in batches of the config's size."""
         unet = self.engine.pipe.unet
         lora.set_strength(unet, strength)
         try:
             with lora.disabled(unet) if base else nullcontext():
-                return sample_in_batches(self.engine, prompts, seed)
+                return sample_in_batches(self.engine, prompts, seed, aig)
         finally:
             lora.set_strength(unet, 1.0)
 
@@ -92,14 +100,16 @@ class Evaluator:
         return self._drift()
 
 
-def sample_in_batches(engine: Engine, prompts: Sequence[str], seed: int) -> Tensor:
+def sample_in_batches(
+    engine: Engine, prompts: Sequence[str], seed: int, aig: float | None = None
+) -> Tensor:
     """Images (N, 3, H, W) on the CPU, in batches of the config's size, from the run's noise."""
     size = engine.config.batch_size
     images = []
     for start in range(0, len(prompts), size):
         part = list(prompts[start : start + size])
         draws = Draws(seed, 0, tuple(range(start, start + len(part))))
-        images.append(engine.sample(part, _latents(engine, draws), draws).cpu())
+        images.append(engine.sample(part, _latents(engine, draws), draws, aig).cpu())
     return torch.cat(images)
 
 

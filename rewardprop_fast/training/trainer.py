@@ -336,16 +336,24 @@ class RewardPropTrainer:
     # ------------------------------------------------------------------ sampling
 
     def sample(
-        self, prompts: Sequence[str], seed: int = 0, *, base: bool = False, strength: float = 1.0
+        self,
+        prompts: Sequence[str],
+        seed: int = 0,
+        *,
+        base: bool = False,
+        strength: float = 1.0,
+        aig: float | None = None,
     ) -> Tensor:
         """Images (N, 3, H, W) in [0, 1] on the CPU, with the run's sampling settings.
 
         Args:
             base: without the LoRA.
             strength: factor on the LoRA.
+            aig: power of annealed importance guidance (2409.06493), which goes from the base model
+                to the tuned one along the chain: 1 or 2, say. None is without.
         """
         with self.optimizer.averaged():
-            return self.evaluator.sample(prompts, seed, base=base, strength=strength)
+            return self.evaluator.sample(prompts, seed, base=base, strength=strength, aig=aig)
 
     def evaluate(self, *, base: bool = False) -> Evaluation:
         """Sample and score the run's fixed evaluation prompts, with the LoRA or without it."""
