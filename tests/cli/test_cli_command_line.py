@@ -21,6 +21,7 @@ VERBS = [
     "train",
     "sample",
     "export",
+    "mix",
     "convert-reward",
     "presets",
     "settings",
