@@ -4,6 +4,9 @@ The copies lie on the weight tensor itself, as an attribute, and are gone when i
 long as the weight is what it was: the same memory, dtype and values. Writes that autograd counts
 are seen by the tensor's version; those through ``.data``, which it does not count, by a sample of
 the values, or, where a write might change few of them, say `drop_packs`.
+
+The memory of a weight that lies in a model's file is given back once a copy is made (`ops.mapped`):
+it is read no more, but for the sample, which is then taken from its beginning alone.
 """
 
 from __future__ import annotations
@@ -14,6 +17,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from rewardprop_fast.ops import mapped
 
 _ATTRIBUTE = "_rewardprop_packs"
 
@@ -28,7 +33,9 @@ class Packs:
         self._storage = weakref.ref(weight.untyped_storage())
         self._version = weight._version
         self._look = (weight.dtype, tuple(weight.shape), weight.stride(), weight.storage_offset())
-        self._sample = _sample(weight).clone()
+        self._span = (weight.data_ptr(), weight.nbytes)
+        self._in_file = weight.device.type == "cpu" and mapped.lies_in_a_file(*self._span)
+        self._sample = _sample(weight, self._in_file).clone()
         self._made: dict[Any, Tensor] = {}
 
     def hold_for(self, weight: Tensor) -> bool:
@@ -38,13 +45,15 @@ class Packs:
             and self._version == weight._version
             and self._look
             == (weight.dtype, tuple(weight.shape), weight.stride(), weight.storage_offset())
-            and torch.equal(self._sample, _sample(weight))
+            and torch.equal(self._sample, _sample(weight, self._in_file))
         )
 
     def get(self, key: Any, make: Callable[[], Tensor]) -> Tensor:
         """The copy of this name, made now if it is not there."""
         if key not in self._made:
             self._made[key] = make()
+            if self._in_file:
+                mapped.let_go(*self._span)
         return self._made[key]
 
     @property
@@ -100,10 +109,10 @@ def _tensors(of: nn.Module | Iterable[Tensor]) -> Iterable[Tensor]:
     return of.parameters() if isinstance(of, nn.Module) else of
 
 
-def _sample(weight: Tensor) -> Tensor:
+def _sample(weight: Tensor, at_the_beginning: bool) -> Tensor:
     """Bits of values spread over the weight's memory, a view; bits, since NaN equals nothing."""
     count = min(weight.numel(), _SAMPLES)
-    step = weight.numel() // count
+    step = 1 if at_the_beginning else weight.numel() // count
     bits = torch.int16 if weight.dtype.itemsize == 2 else torch.int32
     values = weight.detach().as_strided((count,), (step,))
     return values.view(bits)

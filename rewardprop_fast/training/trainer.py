@@ -94,7 +94,7 @@ class RewardPropTrainer:
         self.run_config, self.progress = run_config, progress
         self.device = resolve_device(config.device)
         self.dtype = resolve_dtype(config.dtype, self.device)
-        place(pipe, self.device, self.dtype)
+        place(pipe, self.device, self.dtype, config.accelerate)
         self.engine = Engine(pipe, reward, config, loss or negative_mean)
         self.reward = reward
         for scored in (reward, heldout_reward):
