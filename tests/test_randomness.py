@@ -48,6 +48,7 @@ def test_streams_keep_their_numbers() -> None:
         "LV": 5,
         "EVALUATION": 6,
         "INITIALISATION": 7,
+        "PRETRAINING": 8,
     }
 
 
@@ -80,7 +81,7 @@ def test_seed_stream_step_and_sample_each_matter() -> None:
         for step in range(20)
         for sample in range(10)
     ]
-    assert len(set(seeds)) == len(seeds) == 4 * 7 * 20 * 10
+    assert len(set(seeds)) == len(seeds) == 4 * len(Stream) * 20 * 10
     # torch's engine takes the lower half; it has to do as well.
     assert len({seed & 0xFFFFFFFF for seed in seeds}) == len(seeds)
 

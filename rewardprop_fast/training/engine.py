@@ -196,7 +196,8 @@ class Engine:
         try:
             return self.config.method.score(self._score, images, prompts, metadata)
         except NonFiniteRewardError as error:
-            raise NonFiniteError(f"{error} It was {where(draws, prompts)}") from error
+            batch = prompts[: len(draws.samples)]  # behind them further copies' of DRaFT-LV
+            raise NonFiniteError(f"{error} It was {where(draws, batch)}") from error
 
     def pretrain(self, timer: PhaseTimer, draws: Draws, weight: float) -> Tensor:
         """Add the gradient of the pretraining loss; behind the chain's, so that each has its turn.
