@@ -39,6 +39,7 @@ from rewardprop_fast.memory.segments import (
     unet_segments,
     vae_segments,
 )
+from rewardprop_fast.nn.hoisted import Context, Moment
 
 _R = Policy.RECOMPUTE
 
@@ -532,7 +533,9 @@ class _Probe(_Shadow):
             leaf.register_hook(lambda _: self.run.mark("end", index))
             return leaf
 
-        return tree_map(mark, (args, kwargs))
+        # Not within what a rollout has made beforehand: of that there are gradients at other times.
+        made = (Context, Moment)
+        return tree_map(mark, (args, kwargs), is_leaf=lambda node: isinstance(node, made))
 
     def _signature(self, args: Any, kwargs: Any) -> str:
         module = self.module

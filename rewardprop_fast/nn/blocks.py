@@ -12,12 +12,14 @@ import torch
 from diffusers.models.activations import GEGLU
 from diffusers.models.attention import BasicTransformerBlock, FeedForward
 from diffusers.models.attention_processor import Attention, AttnProcessor2_0
+from diffusers.models.embeddings import TimestepEmbedding
 from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from diffusers.models.upsampling import Upsample2D
 from torch import Tensor, nn
 
 from rewardprop_fast import ops
+from rewardprop_fast.nn.hoisted import Context, Moment, embedding_of, embeddings_of
 from rewardprop_fast.nn.layers import FastConv2d, group_norm
 from rewardprop_fast.nn.legality import has_hooks, is_frozen, is_plain
 from rewardprop_fast.nn.lora import linears
@@ -48,12 +50,16 @@ class FastResnetBlock2D(ResnetBlock2D):
             or has_hooks(norm1, norm2, self.nonlinearity)
             or not is_plain(input_tensor, norm1.weight, norm1.bias, norm2.weight, norm2.bias)
         ):
-            return super().forward(input_tensor, temb, *args, **kwargs)
+            return super().forward(input_tensor, embedding_of(temb), *args, **kwargs)
         hidden = group_norm(norm1, input_tensor, silu=True)
         if resize is not None:
             input_tensor, hidden = resize(input_tensor), resize(hidden)
         hidden = self.conv1(hidden)
-        if self.time_emb_proj is not None:
+        row = temb.row(self) if type(temb) is Moment else None
+        if row is not None:
+            temb = row
+        elif self.time_emb_proj is not None:
+            temb = embedding_of(temb)
             temb = temb if self.skip_time_act else self.nonlinearity(temb)
             temb = self.time_emb_proj(temb)[:, :, None, None]
         if temb is not None and self.time_embedding_norm == "default":
@@ -268,7 +274,10 @@ class FastAttention(Attention):
             if norm is not None:
                 hidden_states = norm(hidden_states)
             return super().forward(
-                hidden_states, encoder_hidden_states, attention_mask, **cross_attention_kwargs
+                hidden_states,
+                embeddings_of(encoder_hidden_states),
+                attention_mask,
+                **cross_attention_kwargs,
             )
         residual = hidden_states
         if hidden_states.dim() == 4:
@@ -279,7 +288,7 @@ class FastAttention(Attention):
             query, key, value = linears((self.to_q, self.to_k, self.to_v), hidden_states, norm)
         else:
             (query,) = linears((self.to_q,), hidden_states, norm)
-            key, value = linears((self.to_k, self.to_v), encoder_hidden_states)
+            key, value = self.keys_and_values(encoder_hidden_states)
         heads = (
             tensor.unflatten(-1, (self.heads, -1)).transpose(1, 2) for tensor in (query, key, value)
         )
@@ -291,6 +300,21 @@ class FastAttention(Attention):
             output = output + residual
         factor = self.rescale_output_factor
         return output if factor == 1 else output / factor
+
+    def keys_and_values(self, context: Tensor | Context) -> tuple[Tensor, Tensor]:
+        """(B, M, C) each, of a context (B, M, D); those that were made beforehand, if they were."""
+        pair = context.pairs.get(self) if type(context) is Context else None
+        if pair is not None:
+            return pair
+        key, value = linears((self.to_k, self.to_v), embeddings_of(context))
+        return key, value
+
+
+class FastTimestepEmbedding(TimestepEmbedding):
+    """Gives on a `Moment` that it is called on as its condition."""
+
+    def forward(self, sample: Tensor, condition: Any = None) -> Any:
+        return condition if type(condition) is Moment else super().forward(sample, condition)
 
 
 class FastGEGLU(GEGLU):

@@ -14,6 +14,7 @@ from diffusers.models.activations import GEGLU
 from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.attention_processor import Attention
 from diffusers.models.autoencoders.vae import Decoder, Encoder
+from diffusers.models.embeddings import TimestepEmbedding
 from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
@@ -68,6 +69,7 @@ REPLACEMENTS = (
         blocks.FastBasicTransformerBlock.why_not,
     ),
     Replacement(Attention, blocks.FastAttention, blocks.FastAttention.why_not),
+    Replacement(TimestepEmbedding, blocks.FastTimestepEmbedding),
     Replacement(GEGLU, blocks.FastGEGLU),
     Replacement(peft_lora.Linear, lora.FastLoraLinear),
     Replacement(peft_lora.Conv2d, lora.FastLoraConv2d),

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rewardprop_fast.nn.hoisted import Context, Moment
 from rewardprop_fast.ops import guided_ddim_step
 
 
@@ -15,18 +16,21 @@ def predict(
     unet: Any,
     latents: Tensor,
     timestep: Tensor,
-    embeddings: Tensor,
+    embeddings: Tensor | Context,
     added: Mapping[str, Tensor],
     guided: bool,
+    moment: Moment | None = None,
 ) -> Tensor:
     """The UNet's output for latents (B, 4, h, w): (2B, 4, h, w) if guided, else (B, 4, h, w)."""
     inputs = torch.cat([latents, latents]) if guided else latents
+    told = {} if moment is None else {"timestep_cond": moment}
     output: Tensor = unet(
-        inputs.to(unet.dtype),
+        inputs.to(unet.dtype if moment is None else moment.dtype),
         timestep,
         encoder_hidden_states=embeddings,
         added_cond_kwargs=dict(added) or None,
         return_dict=False,
+        **told,
     )[0]
     return output
 
@@ -36,11 +40,12 @@ def denoise(
     latents: Tensor,
     timestep: Tensor,
     coefficients: Tensor,
-    embeddings: Tensor,
+    embeddings: Tensor | Context,
     added: Mapping[str, Tensor],
     guidance_scale: float | None,
     noise: Tensor | None = None,
     *,
+    moment: Moment | None = None,
     detach_prediction: bool = False,
     detach_input: bool = False,
 ) -> Tensor:
@@ -50,9 +55,10 @@ def denoise(
         unet: diffusers' UNet2DConditionModel, or anything called like it.
         timestep: () int64.
         coefficients: (3,) row of `Schedule.coefficients`.
-        embeddings, added: `Conditioning.embeddings()` and `.added()`.
+        embeddings, added: `Conditioning.embeddings()`, or what was made of these, and `.added()`.
         guidance_scale: w of `u + w (c - u)`, or None where the conditions hold no negative rows.
         noise: (B, 4, h, w) standard normal for eta > 0.
+        moment: what `hoisting` has made of the timestep, where it has.
         detach_prediction: run the UNet without gradient; x_t keeps its linear path.
         detach_input: no gradient passes through the UNet into x_t; x_t keeps its linear path.
     """
@@ -60,7 +66,7 @@ def denoise(
     given = latents.detach() if detach_input else latents
     if detach_prediction:
         with torch.no_grad():
-            output = predict(unet, given, timestep, embeddings, added, guided)
+            output = predict(unet, given, timestep, embeddings, added, guided, moment)
     else:
-        output = predict(unet, given, timestep, embeddings, added, guided)
+        output = predict(unet, given, timestep, embeddings, added, guided, moment)
     return guided_ddim_step(output, latents, coefficients, guidance_scale, noise)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from rewardprop_fast.rollout.conditioning import Conditioning
 from rewardprop_fast.rollout.denoise import denoise
+from rewardprop_fast.rollout.hoisting import Conditions, hoist, without_time
 from rewardprop_fast.rollout.schedule import Schedule
 
 
@@ -30,6 +31,7 @@ class Sampler:
         guidance_scale: w; used only where `conditioning` holds negative rows.
         noise: (T, B, 4, h, w) for eta > 0, drawn ahead so that no step draws random numbers.
         phase: `with phase("prefix")` and `with phase("suffix")` surround the work, for timing.
+        leaps: step -> its row of coefficients, where it leads elsewhere than the schedule's.
     """
 
     unet: Any
@@ -38,6 +40,7 @@ class Sampler:
     guidance_scale: float
     noise: Tensor | None = None
     phase: Callable[[str], AbstractContextManager[None]] = _untimed
+    leaps: Mapping[int, Tensor] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.schedule)
@@ -60,31 +63,24 @@ class Sampler:
         With `detach_inputs` gradients leave the UNet at its weights alone, none reaches its input.
         """
         first = mask.index(True) if True in mask else len(mask)
-        embeddings, added = self.conditioning.embeddings(), self.conditioning.added()
-        scale = self.guidance_scale if self.conditioning.guided else None
-
-        def step(x: Tensor, index: int, detach: bool) -> Tensor:
-            return denoise(
-                self.unet,
-                x,
-                self.schedule.timesteps[index],
-                self.schedule.coefficients[index],
-                embeddings,
-                added,
-                scale,
-                None if self.noise is None else self.noise[index],
-                detach_prediction=detach,
-                detach_input=detach_inputs,
-            )
-
         if first > 0:
             with self.phase("prefix"), torch.no_grad():
-                for i in range(first):
-                    latents = step(latents, start + i, False)
+                conditions = self._conditions()
+                with without_time(self.unet, conditions):
+                    for i in range(start, start + first):
+                        latents = self._step(latents, i, conditions)
+                del conditions
         if first < len(mask):
             with self.phase("suffix"):
+                conditions = self._conditions()
                 for i in range(first, len(mask)):
-                    latents = step(latents, start + i, not mask[i])
+                    latents = self._step(
+                        latents,
+                        start + i,
+                        conditions,
+                        detach_prediction=not mask[i],
+                        detach_input=detach_inputs,
+                    )
         return latents
 
     def leaping(self, start: int, stop: int) -> Sampler:
@@ -92,9 +88,29 @@ class Sampler:
 
         `stop` = T is the clean image: step `start` then gives the predicted x_0.
         """
-        rows = self.schedule.coefficients.clone()
-        rows[start] = self.schedule.leap(start, stop)
-        return replace(self, schedule=replace(self.schedule, coefficients=rows))
+        return replace(self, leaps={**self.leaps, start: self.schedule.leap(start, stop)})
+
+    def _conditions(self) -> Conditions:
+        """What the UNet is told, computed as far as it is the same at every step."""
+        embeddings, added = self.conditioning.embeddings(), self.conditioning.added()
+        return hoist(self.unet, self.schedule.all_timesteps, embeddings, added)
+
+    def _step(
+        self, latents: Tensor, index: int, conditions: Conditions, **detached: bool
+    ) -> Tensor:
+        moments = conditions.moments
+        return denoise(
+            self.unet,
+            latents,
+            self.schedule.timesteps[index],
+            self.leaps[index] if index in self.leaps else self.schedule.coefficients[index],
+            conditions.context,
+            conditions.added,
+            self.guidance_scale if self.conditioning.guided else None,
+            None if self.noise is None else self.noise[index],
+            moment=None if moments is None else moments[index - len(self)],  # ours are the last
+            **detached,
+        )
 
     def timed(self, phase: Callable[[str], AbstractContextManager[None]]) -> Sampler:
         """The same chain, its phases surrounded by `phase(name)`."""

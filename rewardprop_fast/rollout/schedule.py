@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -26,6 +26,7 @@ class Schedule:
         noise: (T,) sqrt(1 - alpha_bar_t) at the input of each step; sigma of DRaFT-LV.
         eta: share of DDPM-like noise, 0 for the deterministic sampler.
         prediction: what the UNet's output is: "epsilon", "v_prediction" or "sample".
+        whole: the timesteps of the schedule that this is the end of, or None where it is whole.
     """
 
     timesteps: Tensor
@@ -34,9 +35,26 @@ class Schedule:
     noise: Tensor
     eta: float
     prediction: str = "epsilon"
+    whole: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.timesteps)
+
+    @property
+    def all_timesteps(self) -> Tensor:
+        """(T,), those that `last` has left out included; ours are the last of them."""
+        return self.timesteps if self.whole is None else self.whole
+
+    def last(self, count: int) -> Schedule:
+        """The last steps alone; what is computed for all of them beforehand still is."""
+        return replace(
+            self,
+            timesteps=self.timesteps[-count:],
+            coefficients=self.coefficients[-count:],
+            signal=self.signal[-count:],
+            noise=self.noise[-count:],
+            whole=self.all_timesteps,
+        )
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> Schedule:
         """On another device, and with other floating point numbers if `dtype` is given."""
@@ -47,6 +65,7 @@ class Schedule:
             self.noise.to(device, dtype),
             self.eta,
             self.prediction,
+            None if self.whole is None else self.whole.to(device),
         )
 
     def leap(self, start: int, stop: int) -> Tensor:

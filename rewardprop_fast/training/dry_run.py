@@ -23,7 +23,7 @@ from rewardprop_fast.models.support import is_sdxl
 from rewardprop_fast.nn import accelerate
 from rewardprop_fast.randomness import Draws
 from rewardprop_fast.rewards import Reward
-from rewardprop_fast.rollout import Conditioning
+from rewardprop_fast.rollout import Conditioning, Schedule
 from rewardprop_fast.training.config import TrainConfig
 from rewardprop_fast.training.engine import Engine, negative_mean
 
@@ -105,7 +105,11 @@ class DryRun:
         )
         engine = DryEngine(fake, reward, shortened(config), negative_mean)
         engine.values_only = not config.method.needs_reward_gradient
-        schedule = engine.schedule
+        sampling = config.sampling
+        # all of it: what is made of every timestep beforehand is made of them all
+        schedule = Schedule.from_scheduler(pipe.scheduler, sampling.steps, sampling.eta).to(
+            engine.device, engine.dtype
+        )
         engine.schedule = replace(
             schedule,
             timesteps=mode.from_tensor(schedule.timesteps),
@@ -133,13 +137,7 @@ class DryRun:
         count = min(len(schedule), k + prefix)
         method = config.method.with_steps(k)
         with self.mode:
-            engine.schedule = replace(
-                schedule,
-                timesteps=schedule.timesteps[-count:],
-                coefficients=schedule.coefficients[-count:],
-                signal=schedule.signal[-count:],
-                noise=schedule.noise[-count:],
-            )
+            engine.schedule = schedule.last(count)
             engine.config = replace(config, method=method)
             latents = torch.empty(batch, *engine.latent_shape)
             prompts = ["a prompt"] * batch

@@ -78,7 +78,9 @@ def measured(tracker: MemoryTracker, engine: Engine, run: Any, plan: Any = None)
 
 
 def real_peaks(pipe: Any, reward: Any, config: TrainConfig, plan: Any) -> dict[str, int]:
-    engine = Engine(pipe, reward, shortened(config), negative_mean)
+    # of all steps: what is made of every timestep beforehand is part of the memory
+    whole = replace(shortened(config), sampling=config.sampling)
+    engine = Engine(pipe, reward, whole, negative_mean)
     prompts = ["a prompt"] * config.batch_size
     # Encoded before, since text encoders are not of the step; and held by the step alone.
     encoded = [engine.encoder(prompts)]
