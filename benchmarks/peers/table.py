@@ -46,8 +46,8 @@ def ratio(row: dict[str, Any], ours: dict[str, Any] | None) -> float | None:
 def table(rows: Sequence[dict[str, Any]]) -> str:
     """A Markdown table; one block for each workload and dtype."""
     lines = [
-        "| workload | who | median s | least s | this library faster | of GEMM peak | resident peak | tracked "
-        "| gradient error |",
+        "| workload | who | median s | least s | this library faster | of GEMM peak "
+        "| resident peak | tracked | gradient error |",
         "|---|---|---:|---:|---:|---:|---:|---:|---:|",
     ]
     for (_, dtype), group in groupby(rows, key=lambda row: key(row)[:2]):
