@@ -28,7 +28,7 @@ from benchmarks.peers.workloads import CPU_DEFAULT, GPU_DEFAULT, WORKLOADS, Work
 
 RESULTS = ROOT / "benchmarks" / "results"
 DEFAULT = ("trl", "loop", "loop-checkpoint", "ours", "ours-lean")
-GPU_EXTRA = ("loop-compile", "loop-graphs", "loop-xformers", "ours-eager")
+GPU_EXTRA = ("loop-compile", "loop-graphs", "loop-xformers")
 #: What a process may take before it was measured, at the most.
 NEWCOMER_GIB = {"tiny": 1.0, "bundled": 2.0, "sd15": 9.0, "sdxl": 14.0}
 #: TRL knows SD 1.x alone.

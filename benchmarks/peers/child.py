@@ -28,7 +28,6 @@ COMPETITORS: dict[str, tuple[str, str]] = {
     "loop-xformers": ("loop", "xformers"),
     "ours": ("ours", ""),
     "ours-lean": ("ours", "lean"),
-    "ours-eager": ("ours", "eager"),
 }
 
 

@@ -20,7 +20,6 @@ NAMES = {
     "loop-xformers": "loop, xformers",
     "ours": "rewardprop_fast",
     "ours-lean": "rewardprop_fast, blocks recomputed",
-    "ours-eager": "rewardprop_fast, steps not captured",
 }
 OURS = "ours"
 

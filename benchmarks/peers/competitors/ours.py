@@ -1,12 +1,10 @@
 """This library: its trainer, as a user would set it up.
 
-Variants: "lean" recomputes blocks of UNet and decoder; "eager" switches captured steps off, where
-the library has them.
+The variant "lean" recomputes blocks of UNet and decoder.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import gc
 import tempfile
 from pathlib import Path
@@ -35,8 +33,6 @@ class Ours:
         changes: dict[str, Any] = {}
         if variant == "lean":
             changes["memory_budget"] = self._plan()
-        if variant == "eager":
-            changes |= _without_graphs(rpf.TrainConfig)
         config = rpf.TrainConfig(
             method=rpf.DRaFT(job["k"]),
             sampling=rpf.SamplingConfig(steps=job["steps"], guidance_scale=job["guidance"]),
@@ -88,12 +84,3 @@ class Ours:
     def held(self) -> Any:
         pipe = self.trainer.pipe
         return tensors_of(pipe.unet, pipe.vae, self.trainer.reward)
-
-
-def _without_graphs(config: Any) -> dict[str, Any]:
-    """The setting that switches captured steps off."""
-    names = {field.name for field in dataclasses.fields(config)}
-    for name, off in (("graphs", "off"), ("graph", "eager"), ("capture", "off")):
-        if name in names:
-            return {name: off}
-    raise ValueError("this version has no captured steps to switch off")
