@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from rewardprop_fast.nn.hoisted import Context, Moment
 from rewardprop_fast.ops import guided_ddim_step
+
+if TYPE_CHECKING:  # reading a config imports this file and should not wait for diffusers
+    from rewardprop_fast.nn.hoisted import Context, Moment
 
 
 def predict(

@@ -5,15 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from rewardprop_fast.rollout.conditioning import Conditioning
 from rewardprop_fast.rollout.denoise import denoise
-from rewardprop_fast.rollout.hoisting import Conditions, hoist, without_time
 from rewardprop_fast.rollout.schedule import Schedule
+
+if TYPE_CHECKING:
+    from rewardprop_fast.rollout.hoisting import Conditions
 
 
 def _untimed(_name: str) -> AbstractContextManager[None]:
@@ -62,6 +64,9 @@ class Sampler:
         (this is what TRL's per-step mask does); before it nothing needs a graph at all.
         With `detach_inputs` gradients leave the UNet at its weights alone, none reaches its input.
         """
+        # here, not above: reading a config imports this file and should not wait for diffusers
+        from rewardprop_fast.rollout.hoisting import without_time
+
         first = mask.index(True) if True in mask else len(mask)
         if first > 0:
             with self.phase("prefix"), torch.no_grad():
@@ -92,6 +97,8 @@ class Sampler:
 
     def _conditions(self) -> Conditions:
         """What the UNet is told, computed as far as it is the same at every step."""
+        from rewardprop_fast.rollout.hoisting import hoist
+
         embeddings, added = self.conditioning.embeddings(), self.conditioning.added()
         return hoist(self.unet, self.schedule.all_timesteps, embeddings, added)
 
