@@ -44,7 +44,7 @@ def denoise(
     coefficients: Tensor,
     embeddings: Tensor | Context,
     added: Mapping[str, Tensor],
-    guidance_scale: float | None,
+    guidance_scale: float | Tensor | None,
     noise: Tensor | None = None,
     *,
     moment: Moment | None = None,
@@ -58,7 +58,8 @@ def denoise(
         timestep: () int64.
         coefficients: (3,) row of `Schedule.coefficients`.
         embeddings, added: `Conditioning.embeddings()`, or what was made of these, and `.added()`.
-        guidance_scale: w of `u + w (c - u)`, or None where the conditions hold no negative rows.
+        guidance_scale: w of `u + w (c - u)`, a number or (); None where the conditions hold no
+            negative rows.
         noise: (B, 4, h, w) standard normal for eta > 0.
         moment: what `hoisting` has made of the timestep, where it has.
         detach_prediction: run the UNet without gradient; x_t keeps its linear path.

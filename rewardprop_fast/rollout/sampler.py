@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from rewardprop_fast.rollout.conditioning import Conditioning
-from rewardprop_fast.rollout.denoise import denoise
+from rewardprop_fast.rollout.graph import Eager, GraphBackend, Step
+from rewardprop_fast.rollout.graph.step import of_one_step
 from rewardprop_fast.rollout.schedule import Schedule
 
 if TYPE_CHECKING:
@@ -34,6 +35,7 @@ class Sampler:
         noise: (T, B, 4, h, w) for eta > 0, drawn ahead so that no step draws random numbers.
         phase: `with phase("prefix")` and `with phase("suffix")` surround the work, for timing.
         leaps: step -> its row of coefficients, where it leads elsewhere than the schedule's.
+        graphs: who runs the steps before the first gradient: calls them, or replays them.
     """
 
     unet: Any
@@ -43,6 +45,7 @@ class Sampler:
     noise: Tensor | None = None
     phase: Callable[[str], AbstractContextManager[None]] = _untimed
     leaps: Mapping[int, Tensor] = field(default_factory=dict)
+    graphs: GraphBackend = field(default_factory=Eager)
 
     def __len__(self) -> int:
         return len(self.schedule)
@@ -71,10 +74,11 @@ class Sampler:
         if first > 0:
             with self.phase("prefix"), torch.no_grad():
                 conditions = self._conditions()
+                step, shared = Step.of(self.unet, conditions, self._scale)
+                told = [self._told(i, conditions) for i in range(start, start + first)]
                 with without_time(self.unet, conditions):
-                    for i in range(start, start + first):
-                        latents = self._step(latents, i, conditions)
-                del conditions
+                    latents = self.graphs.run(step, latents, shared, told)
+                del conditions, step, shared, told
         if first < len(mask):
             with self.phase("suffix"):
                 conditions = self._conditions()
@@ -102,22 +106,26 @@ class Sampler:
         embeddings, added = self.conditioning.embeddings(), self.conditioning.added()
         return hoist(self.unet, self.schedule.all_timesteps, embeddings, added)
 
+    @property
+    def _scale(self) -> float | None:
+        return self.guidance_scale if self.conditioning.guided else None
+
+    def _told(self, index: int, conditions: Conditions) -> dict[str, Tensor]:
+        """What step `index` has for itself, beside its latents; see `Step`."""
+        moments = conditions.moments
+        return of_one_step(
+            self.schedule.timesteps[index],
+            self.leaps[index] if index in self.leaps else self.schedule.coefficients[index],
+            None if self.noise is None else self.noise[index],
+            None if moments is None else moments[index - len(self)],  # ours are the last
+        )
+
     def _step(
         self, latents: Tensor, index: int, conditions: Conditions, **detached: bool
     ) -> Tensor:
-        moments = conditions.moments
-        return denoise(
-            self.unet,
-            latents,
-            self.schedule.timesteps[index],
-            self.leaps[index] if index in self.leaps else self.schedule.coefficients[index],
-            conditions.context,
-            conditions.added,
-            self.guidance_scale if self.conditioning.guided else None,
-            None if self.noise is None else self.noise[index],
-            moment=None if moments is None else moments[index - len(self)],  # ours are the last
-            **detached,
-        )
+        step, shared = Step.of(self.unet, conditions, self._scale)
+        told = self._told(index, conditions)
+        return step({**shared, **told, "latents": latents}, **detached)
 
     def timed(self, phase: Callable[[str], AbstractContextManager[None]]) -> Sampler:
         """The same chain, its phases surrounded by `phase(name)`."""

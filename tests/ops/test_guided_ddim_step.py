@@ -325,3 +325,34 @@ def test_what_does_not_fit_is_refused_in_words(change: dict[int, object], messag
         args[position] = value
     with pytest.raises(ValueError, match=message):
         guided_ddim_step(*args)
+
+
+@pytest.mark.parametrize("model_dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("with_noise", [True, False])
+def test_guidance_may_be_a_tensor(model_dtype: torch.dtype, with_noise: bool) -> None:
+    *args, scale, noise = inputs(with_noise=with_noise, model_dtype=model_dtype)
+    args[0].requires_grad_()
+    args[1].requires_grad_()
+    results = []
+    for guidance in (scale, torch.tensor(scale)):
+        out = guided_ddim_step(*args, guidance, noise)
+        results.append((out, *torch.autograd.grad(out.square().sum(), args[:2])))
+    for by_number, by_tensor in zip(*results, strict=True):
+        torch.testing.assert_close(by_tensor, by_number, rtol=1e-6, atol=1e-6)
+    assert torch.equal(results[0][0], results[1][0])
+
+
+@pytest.mark.parametrize(
+    ("scale", "words"),
+    [
+        (torch.ones(1), r"guidance_scale is a tensor \(1,\)"),
+        (torch.tensor(3), "torch.int64; expected one floating point number"),
+        (torch.ones((), device="meta"), "guidance_scale is on meta, the latents on cpu"),
+    ],
+)
+def test_a_guidance_tensor_that_does_not_fit_is_refused(scale: Tensor, words: str) -> None:
+    model_output, latents, coefficients, _, _ = inputs()
+    with pytest.raises(ValueError, match=words):
+        guided_ddim_step(model_output, latents, coefficients, scale)
+    with pytest.raises(ValueError, match="with guidance and latents"):
+        guided_ddim_step(model_output[1:], latents, coefficients, torch.ones(()))

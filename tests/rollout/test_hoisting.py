@@ -12,33 +12,11 @@ from torch import Tensor
 
 from rewardprop_fast import restore
 from rewardprop_fast.nn import blocks
-from rewardprop_fast.rollout import Conditioning, Sampler, Schedule, denoise
+from rewardprop_fast.rollout import Sampler, denoise
 from tests.memory.conftest import make_pipeline
+from tests.rollout.chains import T, latents, sampler_of
 
-T, K, BATCH = 5, 2, 2
-
-
-def sampler_of(pipe: Any) -> Sampler:
-    generator = torch.Generator().manual_seed(3)
-    dtype, config = pipe.unet.dtype, pipe.unet.config
-
-    def drawn(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator).to(dtype)
-
-    width = config.cross_attention_dim
-    parts = [drawn(BATCH, 7, width), drawn(BATCH, 7, width)]
-    added: list[dict[str, Tensor]] = [{}, {}]
-    if config.addition_embed_type == "text_time":
-        pooled = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
-        sizes = torch.tensor([[64, 64, 0, 0, 64, 64]] * BATCH, dtype=dtype)
-        added = [{"text_embeds": drawn(BATCH, pooled), "time_ids": sizes} for _ in range(2)]
-    schedule = Schedule.from_scheduler(pipe.scheduler, T).to("cpu", torch.float32)
-    return Sampler(pipe.unet, schedule, Conditioning(*parts, *added), 3.0)
-
-
-def latents(pipe: Any) -> Tensor:
-    size = pipe.unet.config.sample_size
-    return torch.randn(BATCH, 4, size, size, generator=torch.Generator().manual_seed(5))
+K = 2
 
 
 def step_by_step(sampler: Sampler, x: Tensor, first: int, last: int) -> Tensor:

@@ -47,7 +47,7 @@ def guided_ddim_step(
     model_output: Tensor,
     latents: Tensor,
     coefficients: Tensor,
-    guidance_scale: float | None,
+    guidance_scale: float | Tensor | None,
     noise: Tensor | None = None,
 ) -> Tensor:
     """One denoising step: classifier-free guidance, then the DDIM update.
@@ -62,7 +62,9 @@ def guided_ddim_step(
         latents: x_t, (B, C, h, w), float32 or float64; the result has its dtype and memory format.
         coefficients: (3,) tensor [a, b, sigma] on the same device; read there, so a captured graph
             can be replayed with other values.
-        guidance_scale: w, or None for a network output that is not doubled.
+        guidance_scale: w, or None for a network output that is not doubled. As a tensor, (), it is
+            read on the device like the coefficients: guidance is then four small operations of
+            PyTorch's before the fused update, of the same bits; no gradient flows to it.
         noise: standard normal, like ``latents``; None leaves the sigma term out.
 
     Returns:
@@ -72,6 +74,12 @@ def guided_ddim_step(
     Raises:
         ValueError: a shape, dtype or device does not fit.
     """
+    if isinstance(guidance_scale, Tensor):
+        _check_scale(guidance_scale, latents)
+        _check(model_output, latents, coefficients, 1.0, noise)
+        dtype = reference.compute_dtype(model_output.dtype, latents.dtype, coefficients.dtype)
+        weight = guidance_scale.detach().to(dtype)
+        model_output, guidance_scale = reference.guided(model_output.to(dtype), weight), None
     scale = None if guidance_scale is None else float(guidance_scale)
     result: Tensor = _FORWARD(model_output, latents, coefficients, scale, noise)
     return result
@@ -173,6 +181,19 @@ def _memory_format(tensor: Tensor) -> torch.memory_format:
     if not tensor.is_contiguous() and tensor.is_contiguous(memory_format=torch.channels_last):
         return torch.channels_last
     return torch.contiguous_format
+
+
+def _check_scale(guidance_scale: Tensor, latents: Tensor) -> None:
+    if guidance_scale.shape != () or not guidance_scale.is_floating_point():
+        raise ValueError(
+            f"guidance_scale is a tensor {tuple(guidance_scale.shape)} {guidance_scale.dtype}; "
+            "expected one floating point number, ()."
+        )
+    if guidance_scale.device != latents.device:
+        raise ValueError(
+            f"guidance_scale is on {guidance_scale.device}, the latents on {latents.device}; "
+            "expected one device. A number may be given as a float."
+        )
 
 
 def _check(

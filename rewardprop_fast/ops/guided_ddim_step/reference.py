@@ -25,12 +25,17 @@ def forward(
     a, b, sigma = coefficients.to(dtype).unbind()
     eps = model_output.to(dtype)
     if guidance_scale is not None:
-        uncond, cond = eps.chunk(2)
-        eps = uncond + guidance_scale * (cond - uncond)
+        eps = guided(eps, guidance_scale)
     x_prev = a * latents.to(dtype) + b * eps
     if noise is not None:
         x_prev = x_prev + sigma * noise.to(dtype)
     return x_prev.to(latents.dtype)
+
+
+def guided(eps: Tensor, guidance_scale: float | Tensor) -> Tensor:
+    """u + w (c - u), (B, C, h, w), of [u, c], (2B, C, h, w)."""
+    uncond, cond = eps.chunk(2)
+    return uncond + guidance_scale * (cond - uncond)
 
 
 def backward(
