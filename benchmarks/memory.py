@@ -111,7 +111,10 @@ PLANNED = (
 PLAIN = (
     Row("sdxl-1", "diffusers + peft"),
     Row("sdxl-1", "diffusers + peft, its checkpointing"),
+    Row("sdxl-5", "diffusers + peft"),
     Row("sdxl-5", "diffusers + peft, its checkpointing"),
+    Row("sd15-50", "diffusers + peft"),
+    Row("sd15-50", "diffusers + peft, its checkpointing"),
 )
 
 
@@ -202,7 +205,8 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
         "| step | how | to be reached | allocated, GiB | peak in | modelled step, RTX 3090 |",
         "|---|---|---|---|---|---|",
     ]
-    for row in sorted(rows, key=lambda row: row["step"] != rows[0]["step"]):
+    steps = list(dict.fromkeys(row["step"] for row in rows))
+    for row in sorted(rows, key=lambda row: steps.index(row["step"])):
         phase = max(row["peak_bytes_by_phase"], key=row["peak_bytes_by_phase"].__getitem__)
         goal = "" if row["goal_gib"] is None else f"≤ {row['goal_gib']:g}"
         mark = "" if row["peak_is"] == "exact" else " (composed)"
