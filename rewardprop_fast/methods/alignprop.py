@@ -74,13 +74,23 @@ class AlignProp(Method):
         steps = len(sampler)
         if not self.trl_compat:
             return run_suffix(sampler, latents, self.draw_k(steps, draws.uniform()))
+        mask = self._mask(steps, draws)
+        return Rollout(sampler.run_masked(latents, 0, mask), 1, sum(mask))
+
+    def _mask(self, steps: int, draws: Draws) -> list[bool]:
+        """Which steps carry gradients, as TRL draws it."""
         cuts = [steps - self.draw_k(steps, u) for u in draws.uniforms(steps)]
         mask = [i >= cut for i, cut in enumerate(cuts)]
         mask[-1] = mask[-1] or not any(mask)  # one step at least, or there is nothing to learn from
-        return Rollout(sampler.run_masked(latents, 0, mask), 1, sum(mask))
+        return mask
 
     def gradient_steps(self, steps: int) -> int:
         return steps if self.k_max is None or self.trl_compat else self.k_max
+
+    def common_steps(self, steps: int, draws: Draws) -> int:
+        if self.trl_compat:
+            return self._mask(steps, draws).index(True)
+        return steps - self.draw_k(steps, draws.uniform())
 
     def with_steps(self, k: int) -> Method:
         return DRaFT(k)

@@ -39,7 +39,8 @@ class Rollout:
 class Method(ABC):
     """A frozen set of settings that knows how to run a rollout.
 
-    What a memory plan must know is said by `gradient_steps`, `plain_steps` and `with_steps`.
+    What a memory plan must know is said by `gradient_steps`, `plain_steps`,
+    `common_steps` and `with_steps`.
 
     Attributes:
         needs_reward_gradient: whether the reward must be differentiable in the images.
@@ -87,6 +88,13 @@ class Method(ABC):
     def plain_steps(self, steps: int) -> int:
         """UNet calls without gradients in front of those with."""
         return steps - self.gradient_steps(steps)
+
+    def common_steps(self, steps: int, draws: Draws) -> int:
+        """Steps from the first on that `rollout` takes without gradients, given these draws.
+
+        Several batches of one training step may take them together.
+        """
+        return 0
 
     def with_steps(self, k: int) -> Method:
         """A method of the same memory that has exactly k steps with gradients, whatever is drawn.

@@ -39,5 +39,8 @@ class DRaFT(Method):
     def gradient_steps(self, steps: int) -> int:
         return steps if self.k is None else self.k
 
+    def common_steps(self, steps: int, draws: Draws) -> int:
+        return steps - self.gradient_steps(steps)
+
     def with_steps(self, k: int) -> DRaFT:
         return replace(self, k=k)

@@ -55,3 +55,6 @@ class DRaFTLV(Method):
 
     def plain_steps(self, steps: int) -> int:
         return steps  # the last step is taken without gradients, too
+
+    def common_steps(self, steps: int, draws: Draws) -> int:
+        return steps - 1

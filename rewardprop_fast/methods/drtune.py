@@ -60,6 +60,10 @@ class DRTune(Method):
         mask = [i in chosen for i in range(run)]
         return Rollout(chain.run_masked(latents, 0, mask, detach_inputs=True), 1, self.k)
 
+    def common_steps(self, steps: int, draws: Draws) -> int:
+        _, chosen = self.draw_steps(steps, *draws.uniforms(2))
+        return chosen[0]
+
     def gradient_steps(self, steps: int) -> int:
         return self.k
 

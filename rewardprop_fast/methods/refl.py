@@ -50,3 +50,6 @@ class ReFL(Method):
 
     def gradient_steps(self, steps: int) -> int:
         return 1
+
+    def common_steps(self, steps: int, draws: Draws) -> int:
+        return self.draw_step(steps, draws.uniform())

@@ -103,6 +103,9 @@ class SRPO(Method):
     def plain_steps(self, steps: int) -> int:
         return steps
 
+    def common_steps(self, steps: int, draws: Draws) -> int:
+        return steps
+
 
 def _after(words: str, prompts: list[str]) -> list[str]:
     return [f"{words}. {prompt}" for prompt in prompts] if words else prompts

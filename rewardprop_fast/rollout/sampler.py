@@ -36,6 +36,8 @@ class Sampler:
         phase: `with phase("prefix")` and `with phase("suffix")` surround the work, for timing.
         leaps: step -> its row of coefficients, where it leads elsewhere than the schedule's.
         graphs: who runs the steps before the first gradient: calls them, or replays them.
+        reached: (n, latents (B, 4, h, w) at the input of step n), where the chain's first n steps
+            were taken before; whoever runs these without gradients is given what came of them.
     """
 
     unet: Any
@@ -46,6 +48,7 @@ class Sampler:
     phase: Callable[[str], AbstractContextManager[None]] = _untimed
     leaps: Mapping[int, Tensor] = field(default_factory=dict)
     graphs: GraphBackend = field(default_factory=Eager)
+    reached: tuple[int, Tensor] | None = None
 
     def __len__(self) -> int:
         return len(self.schedule)
@@ -71,6 +74,9 @@ class Sampler:
         from rewardprop_fast.rollout.hoisting import without_time
 
         first = mask.index(True) if True in mask else len(mask)
+        if self.reached is not None and start == 0 and 0 < self.reached[0] <= first:
+            start, latents = self.reached
+            mask, first = mask[start:], first - start
         if first > 0:
             with self.phase("prefix"), torch.no_grad():
                 conditions = self._conditions()

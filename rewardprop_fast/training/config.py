@@ -22,6 +22,7 @@ import torch
 from rewardprop_fast.errors import ConfigError
 from rewardprop_fast.memory.sizes import parse_bytes
 from rewardprop_fast.methods import METHODS, DRaFT, Method
+from rewardprop_fast.randomness import Draws
 from rewardprop_fast.rewards import REWARDS
 from rewardprop_fast.training import config_io
 from rewardprop_fast.training.config_fields import (
@@ -273,6 +274,26 @@ def _schedule_fits(train: TrainConfig) -> Iterable[str]:
         )
 
 
+#: Training steps whose draws are looked at for one that begins without gradients.
+_TRIED = 100
+
+
+def _prefix_fits(train: TrainConfig) -> Iterable[str]:
+    together, all_of_them = train.prefix_batches, train.accumulation_steps
+    if all_of_them % together:
+        yield (
+            f"got {together} with accumulation_steps {all_of_them}; allowed: a divisor of it, so "
+            "that every batch is one of as many."
+        )
+    elif together > 1:
+        draws = (Draws(train.seed, step, ()) for step in range(_TRIED))
+        if not any(train.method.common_steps(train.sampling.steps, one) for one in draws):
+            yield (
+                f"got {together}, but {train.method.name} with these settings begins with no step "
+                "without gradients; allowed: 1."
+            )
+
+
 def _known_budget(train: TrainConfig) -> Iterable[str]:
     budget = train.memory_budget
     if budget is not None and budget != "auto" and not budget.endswith(".json"):
@@ -331,6 +352,11 @@ class TrainConfig(Settings):
     steps: int = setting(2000, at_least=1, help="Optimizer updates.")
     batch_size: int = setting(4, at_least=1, help="Images drawn at once.")
     accumulation_steps: int = setting(1, at_least=1, help="Batches averaged into one update.")
+    prefix_batches: int = setting(
+        1,
+        at_least=1,
+        help="Batches whose steps without gradients run as one; divides accumulation_steps.",
+    )
     seed: int = setting(0, at_least=0, below=2**63, help="Fixes prompts, noise and method draws.")
     dtype: Literal["auto", "float32", "bfloat16", "float16", "float64"] = setting(
         "auto",
@@ -359,6 +385,11 @@ class TrainConfig(Settings):
             "optimizer.warmup_steps",
             ("optimizer.schedule", "optimizer.warmup_steps", "steps"),
             _schedule_fits,
+        ),
+        Rule(
+            "prefix_batches",
+            ("prefix_batches", "accumulation_steps", "method", "sampling.steps"),
+            _prefix_fits,
         ),
         Rule("regularisation.kl_coeff", ("method", "regularisation.kl_coeff"), _one_kl),
         Rule(

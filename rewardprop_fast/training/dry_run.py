@@ -26,6 +26,7 @@ from rewardprop_fast.rewards import Reward
 from rewardprop_fast.rollout import Conditioning, Schedule
 from rewardprop_fast.training.config import TrainConfig
 from rewardprop_fast.training.engine import Engine, negative_mean
+from rewardprop_fast.training.timing import PhaseTimer
 
 #: Steps without gradient that a dry run takes: a second one finds what the first has left.
 PREFIX = 2
@@ -139,11 +140,18 @@ class DryRun:
         with self.mode:
             engine.schedule = schedule.last(count)
             engine.config = replace(config, method=method)
-            latents = torch.empty(batch, *engine.latent_shape)
+            together = self.config.prefix_batches
+            latents = torch.empty(together * batch, *engine.latent_shape)
             prompts = ["a prompt"] * batch
             facts: list[dict[str, Any]] = [{} for _ in prompts]
+            reached = None
             try:
-                engine.step(prompts, facts, latents, draws)
+                if together > 1 and method.common_steps(count, draws):
+                    everyone = replace(draws, samples=tuple(range(together * batch)))
+                    timer = PhaseTimer(engine.device, engine.watch)
+                    n, x = engine.ahead(prompts * together, latents, everyone, timer)
+                    reached = n, x[:batch]  # a view: the others wait for their turn
+                engine.step(prompts, facts, latents[:batch], draws, reached=reached)
             finally:
                 engine.config, engine.schedule = config, schedule
         for parameter in self.trained:

@@ -131,18 +131,20 @@ class Engine:
         latents: Tensor,
         draws: Draws,
         weight: float = 1.0,
+        reached: tuple[int, Tensor] | None = None,
     ) -> StepResult:
         """Rollout, decode, reward and backward for one batch; adds to `.grad` of the LoRA.
 
         Args:
             latents: x_T, (B, 4, h, w) standard normal.
             weight: factor on the loss's gradient, 1 / accumulation_steps.
+            reached: what `ahead` gave for this batch, or None.
 
         Raises:
             NonFiniteError: a reward or the loss is NaN or infinite; nothing was back-propagated.
         """
         timer = PhaseTimer(self.device, self.watch)
-        sampler = self.sampler(prompts, draws, timer)
+        sampler = replace(self.sampler(prompts, draws, timer), reached=reached)
         distance = None
         if self.config.kl_coeff:
             scale = sampler.guidance_scale if sampler.conditioning.guided else None
@@ -184,6 +186,24 @@ class Engine:
             penalties,
             timer.seconds,
         )
+
+    def ahead(
+        self, prompts: Sequence[str], latents: Tensor, draws: Draws, timer: PhaseTimer
+    ) -> tuple[int, Tensor]:
+        """The steps without gradients that all these images begin with, in one batch.
+
+        Args:
+            prompts, latents, draws: those of several batches, one behind the other.
+
+        Returns:
+            n, and the latents at the input of step n. With n = 0 nothing was run.
+        """
+        count = self.config.method.common_steps(len(self.schedule), draws)
+        x = latents.to(self.device, self.dtype)
+        if count == 0:
+            return 0, x
+        sampler = self.sampler(prompts, draws, timer)
+        return count, sampler.run(x, 0, count, gradients=False)
 
     def judge(
         self,

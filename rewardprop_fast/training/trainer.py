@@ -5,11 +5,11 @@ from __future__ import annotations
 import functools
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor
@@ -36,6 +36,12 @@ from rewardprop_fast.training.prompts import Prompt, load_prompts
 from rewardprop_fast.training.regularisation import Pretraining
 from rewardprop_fast.training.run_folder import RunFolder
 from rewardprop_fast.training.signals import StopRequest
+from rewardprop_fast.training.timing import PhaseTimer
+
+T = TypeVar("T")
+
+#: Prompts, their metadata, draws.
+Batch = tuple[list[str], list[dict[str, Any]], Draws]
 
 
 @dataclass(frozen=True)
@@ -212,10 +218,16 @@ class RewardPropTrainer:
         latents: Tensor,
         draws: Draws,
         weight: float = 1.0,
+        reached: tuple[int, Tensor] | None = None,
     ) -> StepResult:
+        if self.policy is not None:  # which begins with no step without gradients
+            return self._guarded(self.policy.step, prompts, metadata, latents, draws, weight)
+        return self._guarded(self.engine.step, prompts, metadata, latents, draws, weight, reached)
+
+    def _guarded(self, work: Callable[..., T], *args: Any) -> T:
+        """Its result; what an error leaves behind of moved memory is cleared away."""
         try:
-            run = self.engine if self.policy is None else self.policy
-            return run.step(prompts, metadata, latents, draws, weight)
+            return work(*args)
         except BaseException:
             if self.memory is not None:
                 self.memory.reset()
@@ -233,10 +245,9 @@ class RewardPropTrainer:
         weight = 1 / config.accumulation_steps
         more: dict[str, Any] = {}
         if self.policy is None:
-            results = [
-                self._batch(prompts, facts, self._latents(draws), draws, weight)
-                for prompts, facts, draws in batches
-            ]
+            size = config.prefix_batches
+            groups = [batches[i : i + size] for i in range(0, len(batches), size)]
+            results = [result for group in groups for result in self._together(group, weight)]
             update_started = time.perf_counter()
             norm = self._gradient_norm(results)
             rate = self.optimizer.update(self.step)
@@ -249,7 +260,7 @@ class RewardPropTrainer:
         row |= {"seconds_update": finished - update_started, "seconds": finished - started}
         return row
 
-    def _drawn(self, batch: int) -> tuple[list[str], list[dict[str, Any]], Draws]:
+    def _drawn(self, batch: int) -> Batch:
         """Prompts, metadata and draws of the step's batch `batch`."""
         config = self.config
         first = batch * config.batch_size
@@ -262,6 +273,28 @@ class RewardPropTrainer:
         ]
         prompts = [self.prompts.prompts[i] for i in chosen]
         return prompts, [self.prompts.metadata[i] for i in chosen], draws
+
+    def _together(self, group: Sequence[Batch], weight: float) -> list[StepResult]:
+        """Each batch's gradients, after the steps without gradients that all of them share."""
+        latents = [self._latents(draws) for _, _, draws in group]
+        starts: Sequence[tuple[int, Tensor] | None] = [None] * len(group)
+        timer = PhaseTimer(self.device, self.engine.watch)
+        if len(group) > 1:
+            prompts = [prompt for batch, _, _ in group for prompt in batch]
+            samples = tuple(sample for _, _, draws in group for sample in draws.samples)
+            draws = replace(group[0][2], samples=samples)
+            count, reached = self._guarded(
+                self.engine.ahead, prompts, torch.cat(latents), draws, timer
+            )
+            starts = [(count, part) for part in reached.split(self.config.batch_size)]
+        results = [
+            self._batch(prompts, facts, x, draws, weight, start)
+            for (prompts, facts, draws), x, start in zip(group, latents, starts, strict=True)
+        ]
+        for name, seconds in timer.seconds.items():
+            mine = results[0].seconds
+            mine[name] = mine.get(name, 0.0) + seconds
+        return results
 
     def _gradient_norm(self, results: Sequence[StepResult]) -> float:
         """Of what was accumulated, which is clipped. Errors: NonFiniteError."""
@@ -277,7 +310,7 @@ class RewardPropTrainer:
     def _policy_epochs(
         self,
         policy: PolicyGradient,
-        batches: Sequence[tuple[list[str], list[dict[str, Any]], Draws]],
+        batches: Sequence[Batch],
         weight: float,
     ) -> tuple[list[StepResult], float, float, dict[str, Any]]:
         """DDPO: all samples first, then epochs of updates over them.
