@@ -79,15 +79,17 @@ class Sampler:
             mask, first = mask[start:], first - start
         if first > 0:
             with self.phase("prefix"), torch.no_grad():
-                conditions = self._conditions()
-                step, shared = Step.of(self.unet, conditions, self._scale)
+                # a wrapper that minds gradients alone may name what it wraps
+                unet = getattr(self.unet, "without_gradients", self.unet)
+                conditions = self._conditions(unet)
+                step, shared = Step.of(unet, conditions, self._scale)
                 told = [self._told(i, conditions) for i in range(start, start + first)]
-                with without_time(self.unet, conditions):
+                with without_time(unet, conditions):
                     latents = self.graphs.run(step, latents, shared, told)
                 del conditions, step, shared, told
         if first < len(mask):
             with self.phase("suffix"):
-                conditions = self._conditions()
+                conditions = self._conditions(self.unet)
                 for i in range(first, len(mask)):
                     latents = self._step(
                         latents,
@@ -105,12 +107,12 @@ class Sampler:
         """
         return replace(self, leaps={**self.leaps, start: self.schedule.leap(start, stop)})
 
-    def _conditions(self) -> Conditions:
+    def _conditions(self, unet: Any) -> Conditions:
         """What the UNet is told, computed as far as it is the same at every step."""
         from rewardprop_fast.rollout.hoisting import hoist
 
         embeddings, added = self.conditioning.embeddings(), self.conditioning.added()
-        return hoist(self.unet, self.schedule.all_timesteps, embeddings, added)
+        return hoist(unet, self.schedule.all_timesteps, embeddings, added)
 
     @property
     def _scale(self) -> float | None:

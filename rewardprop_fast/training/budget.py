@@ -25,6 +25,8 @@ from rewardprop_fast.memory.residency import Residency
 from rewardprop_fast.memory.scheduling import Backend
 from rewardprop_fast.memory.sizes import format_bytes, parse_bytes
 from rewardprop_fast.rewards import Reward, name_of
+from rewardprop_fast.rollout.graph import GraphBackend
+from rewardprop_fast.training.capture import leaves_room
 from rewardprop_fast.training.config import TrainConfig
 from rewardprop_fast.training.dry_run import DryRun
 from rewardprop_fast.training.estimate import make_profile, make_room, plan_for
@@ -117,17 +119,19 @@ class Memory:
         reward: Reward,
         backend: Backend | None = None,
         slab_bytes: int | None = None,
+        graphs: GraphBackend | None = None,
     ) -> None:
         """Put ``plan`` to work.
 
         Args:
             backend: of whoever moves what the plan moves; None is the device's.
             slab_bytes: host memory for what is offloaded; None is half of what is free.
+            graphs: whose memory is given back before gradients need it, where it is too much.
 
         Raises:
             ConfigError: the plan names what is not there, or moves what a CPU has in one place.
         """
-        self.plan = plan
+        self.plan, self.graphs = plan, graphs
         moves = plan.offloads or plan.residency == "phases"
         if moves and backend is None:
             backend = _backend(pipe.unet.device)
@@ -151,6 +155,8 @@ class Memory:
         """Surrounds a phase of a step: the weights it needs are on the device."""
         make_room(self.offloader, name)
         if name == CHAIN_BEGINS:
+            if self.graphs is not None and not leaves_room(self.graphs, self.plan):
+                self.graphs.drop()
             self.applied.begin()
         return nullcontext() if self.residency is None else self.residency.phase(name)
 

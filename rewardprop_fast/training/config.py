@@ -112,6 +112,16 @@ class SamplingConfig(Settings):
 
 
 @dataclass(frozen=True)
+class RolloutConfig(Settings):
+    """How the steps without gradient are run."""
+
+    graphs: Literal["auto", "on", "off", "strict"] = setting(
+        "auto",
+        help="CUDA graphs: on, off, or where a timed trial says they pay; strict: check on a CPU.",
+    )
+
+
+@dataclass(frozen=True)
 class EncodingConfig(Settings):
     """When prompts are encoded, and where the embeddings are kept."""
 
@@ -339,6 +349,7 @@ class TrainConfig(Settings):
         DRaFT(), registry=lambda: METHODS, help="Where gradients flow, and its own settings."
     )
     sampling: SamplingConfig = setting(SamplingConfig(), help="How images are drawn.")
+    rollout: RolloutConfig = setting(RolloutConfig(), help="Steps without gradient.")
     encoding: EncodingConfig = setting(EncodingConfig(), help="Prompts to embeddings.")
     lora: LoRAConfig = setting(LoRAConfig(), help="The trained weights.")
     optimizer: OptimizerConfig = setting(OptimizerConfig(), help="The update.")

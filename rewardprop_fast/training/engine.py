@@ -15,6 +15,7 @@ from rewardprop_fast.models import EmbeddingCache, PromptEncoder, check_size, de
 from rewardprop_fast.randomness import Draws
 from rewardprop_fast.rewards import Reward, evaluate
 from rewardprop_fast.rollout import Sampler, Schedule
+from rewardprop_fast.rollout.graph import Eager, GraphBackend
 from rewardprop_fast.training.config import TrainConfig
 from rewardprop_fast.training.regularisation import DistanceToBase, Pretraining
 from rewardprop_fast.training.timing import PhaseTimer, Watch, unwatched
@@ -64,10 +65,12 @@ class Engine:
     Attributes:
         watch: surrounds each phase of a step: "prefix", "suffix", "decode", "reward",
             "decode_backward" (of reward and decoder) and "backward" (of the chain).
+        graphs: who runs the steps without gradient.
         pretraining: images to go on knowing, where the config asks for that.
     """
 
     watch: Watch = staticmethod(unwatched)
+    graphs: GraphBackend = Eager()
     pretraining: Pretraining | None = None
 
     def __init__(self, pipe: Any, reward: Reward, config: TrainConfig, loss: Loss) -> None:
@@ -121,6 +124,7 @@ class Engine:
             self.encoder(prompts),
             self.config.sampling.guidance_scale,
             noise,
+            graphs=self.graphs,
         )
         return sampler if timer is None else sampler.timed(timer)
 

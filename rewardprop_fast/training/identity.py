@@ -10,7 +10,8 @@ from rewardprop_fast.rewards import Reward, name_of
 from rewardprop_fast.training.config import RunConfig, TrainConfig
 from rewardprop_fast.training.prompts import PromptSet
 
-# May change on resume: memory plans and where prompts are encoded do not change a bit of anything.
+# May change on resume: memory plans, captured steps and where prompts are encoded do not change a
+# bit of anything (a GPU's guidance in Triton, which a replay has not, is good for one rounding).
 _FREE = (
     "output",
     "steps",
@@ -18,6 +19,7 @@ _FREE = (
     "target_reward",
     "early_stopping",
     "encoding",
+    "rollout",
     "memory_budget",
 )
 _PARTS = ("prompts", "metadata", "reward", "reward_settings")

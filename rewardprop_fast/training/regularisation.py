@@ -44,6 +44,11 @@ class DistanceToBase:
     def __getattr__(self, name: str) -> Any:
         return getattr(self.unet, name)
 
+    @property
+    def without_gradients(self) -> Any:
+        """What a call without gradients comes to; `Sampler` makes these at once."""
+        return self.unet
+
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if not torch.is_grad_enabled():
             return self.unet(*args, **kwargs)

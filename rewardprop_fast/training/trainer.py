@@ -21,7 +21,7 @@ from rewardprop_fast.models import check_pipeline
 from rewardprop_fast.randomness import Draws, Stream
 from rewardprop_fast.rewards import Reward, evaluate, name_of, prepare, probe
 from rewardprop_fast.rewards.base import probe_images
-from rewardprop_fast.training import budget, checkpoint, report, run_files
+from rewardprop_fast.training import budget, capture, checkpoint, report, run_files
 from rewardprop_fast.training.config import RunConfig, TrainConfig
 from rewardprop_fast.training.early_stopping import EarlyStopping
 from rewardprop_fast.training.engine import Engine, Loss, StepResult, negative_mean, where
@@ -138,9 +138,12 @@ class RewardPropTrainer:
             lora.lora_parameters(pipe.unet), config.optimizer, config.steps
         )
         self.memory: budget.Memory | None = None
+        plan = None
         if config.memory_budget is not None:
             plan = budget.make(config.memory_budget, pipe, reward, config, self.device)
-            self.memory = budget.Memory(plan, pipe, reward)
+        self.engine.graphs = capture.choose(config.rollout.graphs, self.device, plan)
+        if plan is not None:
+            self.memory = budget.Memory(plan, pipe, reward, graphs=self.engine.graphs)
             self.engine.watch = self.memory.phase
         if config.regularisation.pretraining_coeff:
             self.engine.pretraining = Pretraining(self.engine, self.prompts.prompts)
