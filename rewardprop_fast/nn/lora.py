@@ -19,13 +19,19 @@ from torch import Tensor, nn
 
 from rewardprop_fast import ops
 from rewardprop_fast.nn.legality import has_hooks, is_frozen, is_plain
+from rewardprop_fast.nn.merged import merged
 
 
 class FastLoraLinear(peft_lora.Linear):
     """peft's LoRA on a linear layer: one product, one pass, and x kept once."""
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        layer = None if args or kwargs else adapted(self, x)
+        if args or kwargs:
+            return super().forward(x, *args, **kwargs)
+        whole = merged(self)
+        if whole is not None:
+            return ops.frozen_linear(x, whole.weight, whole.bias)
+        layer = adapted(self, x)
         if layer is None:
             return super().forward(x, *args, **kwargs)
         return ops.lora_linear(x, layer.weight, layer.bias, layer.lora_a, layer.lora_b, layer.scale)
@@ -35,7 +41,12 @@ class FastLoraConv2d(peft_lora.Conv2d):
     """peft's LoRA on a 1x1 convolution, which is a linear layer; on any other, as the original."""
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        layer = None if args or kwargs else adapted(self, x)
+        if args or kwargs:
+            return super().forward(x, *args, **kwargs)
+        whole = merged(self)
+        if whole is not None:
+            return ops.frozen_linear(x, whole.weight, whole.bias)
+        layer = adapted(self, x)
         if layer is None:
             return super().forward(x, *args, **kwargs)
         return ops.lora_linear(x, layer.weight, layer.bias, layer.lora_a, layer.lora_b, layer.scale)
@@ -59,6 +70,9 @@ def linears(
 
     With a ``norm`` they are on norm(x), of which LoRA layers keep x alone.
     """
+    if any(merged(layer) is not None for layer in layers if isinstance(layer, FastLoraLinear)):
+        x = x if norm is None else norm(x)
+        return tuple(layer(x) for layer in layers)
     found = [
         adapted(layer, x) if isinstance(layer, FastLoraLinear) and not has_hooks(layer) else None
         for layer in layers

@@ -38,6 +38,7 @@ class Sampler:
         graphs: who runs the steps before the first gradient: calls them, or replays them.
         reached: (n, latents (B, 4, h, w) at the input of step n), where the chain's first n steps
             were taken before; whoever runs these without gradients is given what came of them.
+        merge_lora: the steps before the first gradient run on W + s B A, see `nn.merged_lora`.
     """
 
     unet: Any
@@ -49,6 +50,7 @@ class Sampler:
     leaps: Mapping[int, Tensor] = field(default_factory=dict)
     graphs: GraphBackend = field(default_factory=Eager)
     reached: tuple[int, Tensor] | None = None
+    merge_lora: bool = False
 
     def __len__(self) -> int:
         return len(self.schedule)
@@ -78,7 +80,7 @@ class Sampler:
             start, latents = self.reached
             mask, first = mask[start:], first - start
         if first > 0:
-            with self.phase("prefix"), torch.no_grad():
+            with self.phase("prefix"), torch.no_grad(), self._lora():
                 # a wrapper that minds gradients alone may name what it wraps
                 unet = getattr(self.unet, "without_gradients", self.unet)
                 conditions = self._conditions(unet)
@@ -113,6 +115,13 @@ class Sampler:
 
         embeddings, added = self.conditioning.embeddings(), self.conditioning.added()
         return hoist(unet, self.schedule.all_timesteps, embeddings, added)
+
+    def _lora(self) -> AbstractContextManager[None]:
+        if not self.merge_lora:
+            return nullcontext()
+        from rewardprop_fast.nn import merged_lora
+
+        return merged_lora(self.unet)
 
     @property
     def _scale(self) -> float | None:

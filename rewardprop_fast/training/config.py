@@ -319,6 +319,11 @@ def _plan_is_there(train: TrainConfig) -> Iterable[str]:
         yield f"there is no file {budget!r}; `rewardprop plan --output {budget}` writes one."
 
 
+def _merging_needs_operators(train: TrainConfig) -> Iterable[str]:
+    if train.merge_lora and not train.accelerate:
+        yield "got true with accelerate false; allowed: only with this library's operators."
+
+
 _SLOW_HALF = "fp16 matmul on CPU is below 1 GFLOP/s. Use float32, bfloat16 or auto."
 
 
@@ -382,6 +387,10 @@ class TrainConfig(Settings):
     accelerate: bool = setting(
         True, help="Run the UNet and the VAE on this library's operators; false: on diffusers' own."
     )
+    merge_lora: bool = setting(
+        False,
+        help="In steps without gradients, run on W + s B A: faster, rounded to the weights' dtype.",
+    )
     memory_budget: str | None = setting(
         None,
         allowed="auto, a size such as 24GiB, a plan's .json file, or null",
@@ -409,6 +418,7 @@ class TrainConfig(Settings):
             _pairs_to_compare,
         ),
         Rule("dtype", ("dtype", "device"), _no_half_on_cpu),
+        Rule("merge_lora", ("merge_lora", "accelerate"), _merging_needs_operators),
         Rule("memory_budget", ("memory_budget",), _known_budget),
     )
     # Asked only before training: the config of a GPU run stays readable on any machine.

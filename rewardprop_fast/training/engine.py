@@ -148,7 +148,9 @@ class Engine:
             NonFiniteError: a reward or the loss is NaN or infinite; nothing was back-propagated.
         """
         timer = PhaseTimer(self.device, self.watch)
-        sampler = replace(self.sampler(prompts, draws, timer), reached=reached)
+        merge = self.config.merge_lora
+        sampler = self.sampler(prompts, draws, timer)
+        sampler = replace(sampler, reached=reached, merge_lora=merge)
         distance = None
         if self.config.kl_coeff:
             scale = sampler.guidance_scale if sampler.conditioning.guided else None
@@ -207,6 +209,7 @@ class Engine:
         if count == 0:
             return 0, x
         sampler = self.sampler(prompts, draws, timer)
+        sampler = replace(sampler, merge_lora=self.config.merge_lora)
         return count, sampler.run(x, 0, count, gradients=False)
 
     def judge(

@@ -53,7 +53,12 @@ class UNetState:
                 value = own.get(name)
                 # a copy: what is in it changes in place
                 settings.append(str(value) if isinstance(value, dict | list) else value)
-            for name, tensor in (*own["_parameters"].items(), *own["_buffers"].items()):
+            whole = own.get("_rewardprop_merged")  # of `nn.merged_lora`
+            settings += (whole, whole is not None and whole.active)
+            held = [*own["_parameters"].items(), *own["_buffers"].items()]
+            if whole is not None and whole.active:
+                held.append(("merged weight", whole.weight))
+            for name, tensor in held:
                 if tensor is not None:
                     names.append(f"{path}.{name}" if path else name)
                     tensors.append(tensor)
