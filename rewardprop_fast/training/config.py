@@ -119,6 +119,15 @@ class RolloutConfig(Settings):
         "auto",
         help="CUDA graphs: on, off, or where a timed trial says they pay; strict: check on a CPU.",
     )
+    prefix_batches: int = setting(
+        1,
+        at_least=1,
+        help="Batches whose steps without gradients run as one; divides accumulation_steps.",
+    )
+    merge_lora: bool = setting(
+        False,
+        help="In steps without gradients, run on W + s B A: faster, rounded to the weights' dtype.",
+    )
 
 
 @dataclass(frozen=True)
@@ -289,7 +298,7 @@ _TRIED = 100
 
 
 def _prefix_fits(train: TrainConfig) -> Iterable[str]:
-    together, all_of_them = train.prefix_batches, train.accumulation_steps
+    together, all_of_them = train.rollout.prefix_batches, train.accumulation_steps
     if all_of_them % together:
         yield (
             f"got {together} with accumulation_steps {all_of_them}; allowed: a divisor of it, so "
@@ -320,7 +329,7 @@ def _plan_is_there(train: TrainConfig) -> Iterable[str]:
 
 
 def _merging_needs_operators(train: TrainConfig) -> Iterable[str]:
-    if train.merge_lora and not train.accelerate:
+    if train.rollout.merge_lora and not train.accelerate:
         yield "got true with accelerate false; allowed: only with this library's operators."
 
 
@@ -368,11 +377,6 @@ class TrainConfig(Settings):
     steps: int = setting(2000, at_least=1, help="Optimizer updates.")
     batch_size: int = setting(4, at_least=1, help="Images drawn at once.")
     accumulation_steps: int = setting(1, at_least=1, help="Batches averaged into one update.")
-    prefix_batches: int = setting(
-        1,
-        at_least=1,
-        help="Batches whose steps without gradients run as one; divides accumulation_steps.",
-    )
     seed: int = setting(0, at_least=0, below=2**63, help="Fixes prompts, noise and method draws.")
     dtype: Literal["auto", "float32", "bfloat16", "float16", "float64"] = setting(
         "auto",
@@ -386,10 +390,6 @@ class TrainConfig(Settings):
     )
     accelerate: bool = setting(
         True, help="Run the UNet and the VAE on this library's operators; false: on diffusers' own."
-    )
-    merge_lora: bool = setting(
-        False,
-        help="In steps without gradients, run on W + s B A: faster, rounded to the weights' dtype.",
     )
     memory_budget: str | None = setting(
         None,
@@ -407,8 +407,8 @@ class TrainConfig(Settings):
             _schedule_fits,
         ),
         Rule(
-            "prefix_batches",
-            ("prefix_batches", "accumulation_steps", "method", "sampling.steps"),
+            "rollout.prefix_batches",
+            ("rollout.prefix_batches", "accumulation_steps", "method", "sampling.steps"),
             _prefix_fits,
         ),
         Rule("regularisation.kl_coeff", ("method", "regularisation.kl_coeff"), _one_kl),
@@ -418,7 +418,7 @@ class TrainConfig(Settings):
             _pairs_to_compare,
         ),
         Rule("dtype", ("dtype", "device"), _no_half_on_cpu),
-        Rule("merge_lora", ("merge_lora", "accelerate"), _merging_needs_operators),
+        Rule("rollout.merge_lora", ("rollout.merge_lora", "accelerate"), _merging_needs_operators),
         Rule("memory_budget", ("memory_budget",), _known_budget),
     )
     # Asked only before training: the config of a GPU run stays readable on any machine.

@@ -140,7 +140,7 @@ class DryRun:
         with self.mode:
             engine.schedule = schedule.last(count)
             engine.config = replace(config, method=method)
-            together = self.config.prefix_batches
+            together = self.config.rollout.prefix_batches
             latents = torch.empty(together * batch, *engine.latent_shape)
             prompts = ["a prompt"] * batch
             facts: list[dict[str, Any]] = [{} for _ in prompts]

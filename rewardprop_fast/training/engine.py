@@ -148,7 +148,7 @@ class Engine:
             NonFiniteError: a reward or the loss is NaN or infinite; nothing was back-propagated.
         """
         timer = PhaseTimer(self.device, self.watch)
-        merge = self.config.merge_lora
+        merge = self.config.rollout.merge_lora
         sampler = self.sampler(prompts, draws, timer)
         sampler = replace(sampler, reached=reached, merge_lora=merge)
         distance = None
@@ -209,7 +209,7 @@ class Engine:
         if count == 0:
             return 0, x
         sampler = self.sampler(prompts, draws, timer)
-        sampler = replace(sampler, merge_lora=self.config.merge_lora)
+        sampler = replace(sampler, merge_lora=self.config.rollout.merge_lora)
         return count, sampler.run(x, 0, count, gradients=False)
 
     def judge(

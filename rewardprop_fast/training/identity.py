@@ -19,9 +19,9 @@ _FREE = (
     "target_reward",
     "early_stopping",
     "encoding",
-    "rollout",
     "memory_budget",
 )
+_FREE_OF_ROLLOUT = ("graphs",)
 _PARTS = ("prompts", "metadata", "reward", "reward_settings")
 
 
@@ -44,10 +44,10 @@ def identity(
 
 def differences(then: dict[str, Any], now: dict[str, Any]) -> list[str]:
     """What differs between two identities, in words; empty if one run can go on as the other."""
-    before, after = then.get("config", {}), now["config"]
+    before, after = _counted(then.get("config", {})), _counted(now["config"])
     found = [
         f"{key} was {before.get(key)!r} and is {after.get(key)!r}"
-        for key in sorted({*before, *after} - set(_FREE))
+        for key in sorted({*before, *after})
         if before.get(key) != after.get(key)
     ]
     parts = [
@@ -67,6 +67,15 @@ def differences(then: dict[str, Any], now: dict[str, Any]) -> list[str]:
         ),
     }
     return found + [words[part] for part in parts]
+
+
+def _counted(config: dict[str, Any]) -> dict[str, Any]:
+    """The settings that decide values."""
+    found = {key: value for key, value in config.items() if key not in _FREE}
+    if isinstance(found.get("rollout"), dict):
+        rollout = found["rollout"].items()
+        found["rollout"] = {key: value for key, value in rollout if key not in _FREE_OF_ROLLOUT}
+    return found
 
 
 def _digest(metadata: tuple[dict[str, Any], ...]) -> str | None:

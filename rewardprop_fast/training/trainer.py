@@ -248,7 +248,7 @@ class RewardPropTrainer:
         weight = 1 / config.accumulation_steps
         more: dict[str, Any] = {}
         if self.policy is None:
-            size = config.prefix_batches
+            size = config.rollout.prefix_batches
             groups = [batches[i : i + size] for i in range(0, len(batches), size)]
             results = [result for group in groups for result in self._together(group, weight)]
             update_started = time.perf_counter()

@@ -12,7 +12,7 @@ from torch import Tensor
 from rewardprop_fast import lora, nn, ops
 from rewardprop_fast.errors import ConfigError
 from rewardprop_fast.rollout.graph import Strict
-from rewardprop_fast.training.config import TrainConfig
+from rewardprop_fast.training.config import RolloutConfig, TrainConfig
 from tests.memory.conftest import make_pipeline
 from tests.rollout.chains import T, latents, sampler_of
 
@@ -118,5 +118,5 @@ def test_captured_steps_are_told_apart() -> None:
 
 
 def test_it_takes_the_librarys_operators() -> None:
-    with pytest.raises(ConfigError, match="merge_lora: got true with accelerate false"):
-        TrainConfig(merge_lora=True, accelerate=False).validate()
+    with pytest.raises(ConfigError, match=r"rollout\.merge_lora: got true with accelerate false"):
+        TrainConfig(rollout=RolloutConfig(merge_lora=True), accelerate=False).validate()

@@ -13,7 +13,7 @@ from rewardprop_fast.memory import find_device
 from rewardprop_fast.memory.plan import Plan
 from rewardprop_fast.methods import DDPO, SRPO, AlignProp, DRaFT, DRaFTLV, DRaFTPlus, DRTune, ReFL
 from rewardprop_fast.randomness import Draws
-from rewardprop_fast.training.config import OptimizerConfig, TrainConfig
+from rewardprop_fast.training.config import OptimizerConfig, RolloutConfig, TrainConfig
 from rewardprop_fast.training.dry_run import DryRun
 from rewardprop_fast.training.estimate import estimate
 
@@ -34,7 +34,7 @@ def run(make_trainer: Any, monkeypatch: Any, together: int, **config: Any) -> tu
     """The first update: its gradients, the rows of the UNet's calls without any, its metrics."""
     trainer = make_trainer(
         **{"batch_size": 1, "accumulation_steps": 2, "dtype": "float64", "trained": True, **config},
-        prefix_batches=together,
+        rollout=RolloutConfig(prefix_batches=together),
         sampling={"steps": STEPS, "eta": 0.5},
         optimizer=OptimizerConfig(max_grad_norm=None),
     )
@@ -93,7 +93,9 @@ def test_a_draw_without_such_steps_runs_batch_by_batch(make_trainer, monkeypatch
 
 
 def test_bundled_model_runs_in_bfloat16(bundled_trainer):
-    trainer = bundled_trainer(accumulation_steps=2, prefix_batches=2, dtype="bfloat16")
+    trainer = bundled_trainer(
+        accumulation_steps=2, rollout=RolloutConfig(prefix_batches=2), dtype="bfloat16"
+    )
     row = trainer.update()
     assert row["grad_norm"] > 0
     assert row["seconds_prefix"] > 0
@@ -112,13 +114,26 @@ def bundled_trainer(make_trainer):
 @pytest.mark.parametrize(
     ("config", "words"),
     [
-        ({"accumulation_steps": 4, "prefix_batches": 3}, "got 3 with accumulation_steps 4"),
-        ({"accumulation_steps": 2, "prefix_batches": 4}, "got 4 with accumulation_steps 2"),
         (
-            {"accumulation_steps": 2, "prefix_batches": 2, "method": DRaFT()},
+            {"accumulation_steps": 4, "rollout": RolloutConfig(prefix_batches=3)},
+            "got 3 with accumulation_steps 4",
+        ),
+        (
+            {"accumulation_steps": 2, "rollout": RolloutConfig(prefix_batches=4)},
+            "got 4 with accumulation_steps 2",
+        ),
+        (
+            {
+                "accumulation_steps": 2,
+                "rollout": RolloutConfig(prefix_batches=2),
+                "method": DRaFT(),
+            },
             "draft with these settings begins with no step",
         ),
-        ({"accumulation_steps": 2, "prefix_batches": 2, "method": DDPO()}, "allowed: 1"),
+        (
+            {"accumulation_steps": 2, "rollout": RolloutConfig(prefix_batches=2), "method": DDPO()},
+            "allowed: 1",
+        ),
     ],
     ids=str,
 )
@@ -140,7 +155,7 @@ def test_memory_is_estimated_with_the_larger_batch(make_trainer):
         return estimate(dry, Plan(), card).by_phase
 
     small, large = peaks(batch_size=1), peaks(batch_size=2)
-    joint = peaks(batch_size=1, accumulation_steps=2, prefix_batches=2)
+    joint = peaks(batch_size=1, accumulation_steps=2, rollout=RolloutConfig(prefix_batches=2))
     assert small["prefix"] < large["prefix"]
     assert joint["prefix"] == large["prefix"]
     waiting = 4 * 8 * 8 * 4  # latents of the batch whose turn comes, float32
