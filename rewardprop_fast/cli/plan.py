@@ -30,6 +30,10 @@ workspaces and fragmentation. The plan file is what the trainer's memory_budget
 and rpf.accelerate(pipe, plan=...) read."""
 
 _METHODS = ("draft", "draft_lv", "draft_plus", "alignprop", "refl", "drtune", "srpo", "ddpo")
+_REWARDS = (
+    *("clip-h", "clip-l", "pickscore", "hps", "clip_score", "aesthetic", "image_reward"),
+    *("detection", "none"),
+)
 _PLOTS = (".png", ".svg", ".pdf")
 
 
@@ -59,7 +63,12 @@ def add_to(verbs: Any) -> None:
     add("--batch", type=int, metavar="N", help="images drawn at once (default: 1)")
     add("--rank", type=int, metavar="R", help="of the LoRA (default: 16)")
     add("--dtype", choices=("bfloat16", "float16", "float32"), help="default: bfloat16")
-    add("--reward", choices=("clip-h", "clip-l", "none"), help="its size (default: clip-h)")
+    add(
+        "--reward",
+        choices=_REWARDS,
+        metavar="REWARD",
+        help=f"its size: {', '.join(_REWARDS)} (default: clip-h)",
+    )
     add("--config", metavar="FILE", help="a config's settings and rewards instead of the defaults")
     add("--card", default="rtx3090", metavar="CARD", help="whose times count (default: rtx3090)")
     add("--budget", metavar="SIZE", help="such as 24GiB, or none (default: what the card has)")

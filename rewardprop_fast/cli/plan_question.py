@@ -38,7 +38,7 @@ class Question:
     Attributes:
         model: "sdxl", "sd15", "bundled", a folder or a hub name.
         train: the step.
-        reward: "clip-h", "clip-l", "none", or the names of the config's rewards.
+        reward: "none", one of `rewards.shapes.TOWERS`, or the names of the config's rewards.
         specs: the config's rewards, where they are meant.
         card: whose times are modelled.
         limits: the budget and what may be done to keep to it.

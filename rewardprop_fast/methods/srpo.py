@@ -25,20 +25,23 @@ class SRPO(Method):
         x_0' = (x_j - sigma_j eps) / alpha_j
              = x_0 + (sigma_i / alpha_i - sigma_j / alpha_j) (eps - eps_theta)
 
-    So x_0' is sharp at every noise level, and no rollout lies in the gradient's path. The paper
-    weights early steps above late ones, where rewards are cheated; the loss of step i has the
-    weight `d s / (1 + (d - 1) s)`, s = 1 - i/T, d = `discount`.
+    So x_0' is sharp at every noise level, and no rollout lies in the gradient's path. eps is drawn
+    anew; the authors' code takes the sample's own x_T. The paper weights early steps above late
+    ones, where rewards are cheated. Its code does that twice: levels are drawn along the curve
+    `d s / (1 + (d - 1) s)` with d = 3 (its `shift`), and positive words weigh 1 + k, k the larger
+    the earlier. Here levels are the schedule's, each equally likely, and that curve is the weight
+    of step i's loss, s = 1 - i/T, d = `discount`; the form is this library's choice.
 
     SRPO: the reward is `r(x, positive + prompt) - r(x, negative + prompt)`. What the reward likes
     whatever the words say cancels; what is left is the direction of the words. Without words this
     is Direct-Align on the plain reward. The paper's second branch, which adds noise and descends,
-    is left out, as in its code for Qwen-Image.
+    is left out, and so is its code's threshold, relu(0.7 - r).
 
     Attributes:
         positive, negative: words put before the prompt, as in "Realistic photo. a fox"; either may
             be empty. The reward must read prompts.
         jump: steps of the chain that the one step spans; T or more leads to the predicted x_0.
-        discount: of late steps, 1 for none; 3 as in the paper's code.
+        discount: of late steps, 1 for none.
     """
 
     name: ClassVar[str] = "srpo"

@@ -7,8 +7,11 @@ import torch
 from torch._subclasses import FakeTensorMode
 from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
+from rewardprop_fast.cli.plan import _REWARDS
 from rewardprop_fast.errors import ConfigError
 from rewardprop_fast.memory import make_fake
+from rewardprop_fast.memory.segments import reward_segments
+from rewardprop_fast.rewards import REWARDS
 from rewardprop_fast.rewards.shapes import TOWERS, ShapedReward, tower
 
 
@@ -59,8 +62,41 @@ def test_it_scores_as_the_tower_it_is_shaped_like(monkeypatch: pytest.MonkeyPatc
 
 
 def test_an_unknown_name() -> None:
-    assert TOWERS == ("clip-l", "clip-h")
     with pytest.raises(
-        ConfigError, match=r"no reward of the shape 'clip-g'.*\['clip-l', 'clip-h'\]"
+        ConfigError, match=r"no reward of the shape 'clip-g'.*\['clip-l', 'clip-h', "
     ):
         tower("clip-g", torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("name", "count", "blocks"),
+    [
+        ("pickscore", 632_076_800, 32),
+        ("hps", 632_076_800, 32),
+        ("clip_score", 303_966_208, 24),
+        ("aesthetic", 303_966_208, 24),
+        # ViT-L/16 and BERT with cross attention, no pooler: see test_reward_convert.py
+        ("image_reward", 303_301_632 + 141_977_088, 36),
+        # image tower; projection and scale; the head for classes; its norm
+        ("detection", 87_860_736 + 393_216 + 1 + 393_728 + 1_538 + 1_536, 12),
+    ],
+)
+def test_published_rewards_by_name(name: str, count: int, blocks: int) -> None:
+    """Parameters, layers that memory plans may recompute, and a gradient to the image."""
+    reward = tower(name, torch.bfloat16)
+    assert sum(p.numel() for p in reward.parameters()) == count
+    assert not any(p.requires_grad for p in reward.parameters())
+    assert len(reward_segments(reward)) == blocks
+    assert name in REWARDS
+    mode = FakeTensorMode()
+    make_fake(reward, mode)
+    with mode:
+        images = torch.rand(2, 3, 64, 48, requires_grad=True)
+        scores = reward(images, ["a", "b"], [{}, {}])
+        assert scores.shape == (2,)
+        (gradient,) = torch.autograd.grad(scores.sum(), images)
+    assert gradient.shape == images.shape
+
+
+def test_the_command_line_knows_them_all() -> None:
+    assert set(_REWARDS) == {*TOWERS, "none"}
