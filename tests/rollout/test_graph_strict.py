@@ -57,6 +57,7 @@ def test_replays_are_calls_to_the_last_bit(kind: str, dtype: torch.dtype) -> Non
     assert (strict.captures, strict.replays) == (1, 2 * STEPS)
 
 
+@pytest.mark.filterwarnings("ignore:Already found a `peft_config`")
 @pytest.mark.parametrize("kind", ["sd", "sdxl"])
 def test_a_run_with_all_that_happens_in_it(kind: str) -> None:
     pipe, strict = make_pipeline(kind), Strict()

@@ -18,7 +18,6 @@ import torch
 from torch import Tensor
 
 from rewardprop_fast.ops import registry
-from rewardprop_fast.rollout.graph import unet_state
 from rewardprop_fast.rollout.graph.backend import Eager, GraphBackend
 from rewardprop_fast.rollout.graph.step import Step
 from rewardprop_fast.rollout.graph.unet_state import UNetState
@@ -165,14 +164,16 @@ class Captured(GraphBackend):
         """As `GraphBackend.run`; where a step cannot be captured, as `Eager.run`."""
         if not told:
             return latents
-        reason = self.recorder.why_not(latents) or unet_state.why_not(step.unet)
+        reason = self.recorder.why_not(latents)
+        state = UNetState.of(step.unet)
+        reason = reason or state.reason
         if reason is not None:
             self._warn(reason)
             return Eager().run(step, latents, shared, told)
         if step.guidance_scale is not None:
             scale = torch.full((), step.guidance_scale, dtype=latents.dtype, device=latents.device)
             shared = {**shared, "guidance": scale}
-        program = self._program(step, {**shared, **told[0], "latents": latents})
+        program = self._program(step, state, {**shared, **told[0], "latents": latents})
         loaded = False  # whether the buffers hold what the chain has in common
         replayed = False
         for done, own in enumerate(told):
@@ -218,9 +219,9 @@ class Captured(GraphBackend):
 
     # --- what is done with the next step ---
 
-    def _program(self, step: Step, told: Mapping[str, Tensor]) -> Program:
+    def _program(self, step: Step, state: UNetState, told: Mapping[str, Tensor]) -> Program:
         """That of these shapes, without its graph where the UNet is not what it was."""
-        key, state = _key(step, told), UNetState.of(step.unet)
+        key = _key(step, told)
         program = self._programs.pop(key, None)
         if program is None:
             program = Program(state)

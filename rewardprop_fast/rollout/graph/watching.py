@@ -99,7 +99,7 @@ class Watch:
         self._hidden = False
         for name, tensor in inputs.items():
             self._know(tensor, f"input {name}")
-        for name, tensor in zip(state.names, state.tensors, strict=True):
+        for name, tensor in zip(state.names(), state.tensors, strict=True):
             self._know(tensor, f"weight {name}")
 
     @contextmanager
