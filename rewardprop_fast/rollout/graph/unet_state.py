@@ -18,11 +18,12 @@ from rewardprop_fast.nn.legality import has_hooks
 _KNOWN = ("torch", "diffusers", "peft", "rewardprop_fast")
 
 #: Attributes that modules decide by: all that are one of these, and of peft's layers some others.
-#: Half of the modules only hold modules, and are never called.
 _PLAIN = frozenset((bool, int, float, str))
-_SHELVES = frozenset((nn.ModuleList, nn.ModuleDict, nn.ParameterDict))
-_MERGED = "_rewardprop_merged"  # of `nn.merged_lora`, beside an adapter
 _CONTAINERS = ("_active_adapter", "merged_adapters", "scaling")
+_MERGED = "_rewardprop_merged"  # of `nn.merged_lora`, beside an adapter
+
+#: Half of the modules only hold modules, and are never called.
+_SHELVES = frozenset((nn.ModuleList, nn.ModuleDict, nn.ParameterDict))
 
 
 @dataclass(frozen=True, eq=False)
