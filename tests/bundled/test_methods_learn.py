@@ -9,6 +9,7 @@ import pytest
 import rewardprop_fast as rpf
 from rewardprop_fast.methods import METHODS
 from rewardprop_fast.training.config import (
+    EarlyStoppingConfig,
     OptimizerConfig,
     OutputConfig,
     SamplingConfig,
@@ -64,3 +65,22 @@ def test_a_short_run_raises_the_reward(name, tmp_path):
     # of each picture, and together more than any rounding
     assert (gain > 0).sum() >= 7
     assert gain.mean() > 0.005
+
+
+def test_a_run_that_collapses_is_stopped_by_its_pictures(tmp_path):
+    """A rate far too high makes every picture white: the reward is delighted, the gauge is not."""
+    trainer = make(
+        "draft",
+        tmp_path,
+        {"steps": 3},
+        optimizer=OptimizerConfig(learning_rate=0.03, weight_decay=0.0, max_grad_norm=1.0),
+        early_stopping=EarlyStoppingConfig(every=2, diversity_share=0.5),
+        batch_size=2,
+        steps=30,
+    )
+    result = trainer.train()
+    summary = result.summary
+    assert result.step < 30
+    assert "the images' diversity fell to" in summary["stopped_early"]
+    assert summary["diversity_after"] < 0.5 * summary["diversity_before"]
+    assert summary["reward_after"] > summary["reward_before"]  # which alone would not have told
