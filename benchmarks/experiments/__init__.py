@@ -1,0 +1,1 @@
+"""The papers' experiments, repeated on the bundled model; findings in docs/experiments.md."""

@@ -1,0 +1,96 @@
+"""What an experiment is given: sizes, seeds, folders, the judge, and runs that are done once."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+from benchmarks.experiments.judge import Judge
+from benchmarks.experiments.size import Size
+from benchmarks.experiments.store import Store, text
+from benchmarks.experiments.training import DDPO_BATCHES, Run, Values, adapter, plan, train
+
+#: The seed of the search, which no experiment uses.
+SEARCH_SEED = 100
+
+
+@dataclass(frozen=True)
+class Context:
+    """Of one command.
+
+    Attributes:
+        results: folder of the CSVs.
+        work: folder of adapters.
+        seeds: 0, 1, ...
+        trl_python: interpreter of TRL's environment, or None to make one.
+    """
+
+    size: Size
+    seeds: Sequence[int]
+    results: Path
+    work: Path
+    trl_python: str | None = None
+
+    @functools.cached_property
+    def judge(self) -> Judge:
+        return Judge(self.size)
+
+    def store(self, name: str, *key: str) -> Store:
+        """The CSV of that name: its key, and within it "settings" where a run has any."""
+        return Store(self.results / f"{name}.csv", key, tuple(k for k in key if k != "settings"))
+
+    def do(self, name: str, run: Run) -> list[dict[str, str]]:
+        """The rows of a training run in NAME.csv, trained now unless they are there."""
+        store = self.store(name, "variant", "seed", "rank", "settings")
+        key = {"variant": run.variant, "seed": run.seed, "rank": run.rank}
+        found = store.find(**key, settings=run.fingerprint)
+        if not found:
+            rows = train(run, self.size, self.judge, self.work)
+            store.add(rows)
+            self.say(f"{name}: {run.variant}, rank {run.rank}, seed {run.seed}", rows)
+            found = store.find(**key, settings=run.fingerprint)
+        return found
+
+    def say(self, what: str, rows: Sequence[Values]) -> None:
+        """A line for whoever waits."""
+        words = [
+            f"{name} {rows[0].get(name, float('nan')):.3f} to {rows[-1][name]:.3f}"
+            for name in ("reward", "heldout", "alignment", "diversity")
+            if name in rows[-1]
+        ]
+        seconds = rows[-1].get("cpu_seconds", 0.0)
+        print(f"{what}: {', '.join(words)}; {seconds:.0f} s", flush=True)
+
+    def short(self, variant: str, seed: int) -> Run:
+        """A short run at the learning rate that the search chose."""
+        return plan(variant, self.rate(variant), seed, self.size)
+
+    def adapter(self, run: Run) -> dict[str, Tensor]:
+        return adapter(run, self.size, self.judge, self.work)
+
+    def rate(self, variant: str) -> float:
+        """The learning rate of the highest held-out reward in a small search, done once.
+
+        Every variant gets the same: the size's rates, the same number of images, one seed of its
+        own, one evaluation at the end.
+        """
+        size = self.size
+        store = self.store("learning_rates", "variant", "learning_rate", "settings")
+        best: dict[float, float] = {}
+        for rate in size.rates:
+            updates = size.search if variant != "ddpo" else max(1, size.search // DDPO_BATCHES)
+            run = plan(variant, rate, SEARCH_SEED, size, updates=updates, every=updates)
+            key = {"variant": variant, "learning_rate": rate, "settings": run.fingerprint}
+            rows = store.find(**key)
+            if not rows:
+                trained = train(run, size, self.judge, self.work)
+                store.add([trained[-1] | {"learning_rate": rate}])
+                self.say(f"search: {variant} at {text(rate)}", trained)
+                rows = store.find(**key)
+            value = float(rows[-1]["heldout"])
+            best[rate] = value if float(rows[-1]["reward"]) == float(rows[-1]["reward"]) else -1e9
+        return max(best, key=lambda rate: best[rate])

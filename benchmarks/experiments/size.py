@@ -1,0 +1,54 @@
+"""How large everything is: what was run for docs/experiments.md, larger, and one for trying."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Size:
+    """Settings that all experiments share.
+
+    Attributes:
+        model: "bundled" or "tiny" (random weights).
+        steps: T of the chain.
+        batch: images of an update.
+        updates: of a short run; `every` of them lies between two evaluations.
+        images: of an evaluation.
+        long: updates of a long run.
+        rates: the learning rates of the search, `search` updates each.
+        rollouts: of the gradients whose variance is measured.
+        batches: of the gradients by depth.
+        ddpo: updates of DDPO, which takes four batches for one.
+    """
+
+    model: str = "bundled"
+    steps: int = 10
+    batch: int = 4
+    updates: int = 50
+    every: int = 10
+    images: int = 16
+    long: int = 100
+    rates: tuple[float, ...] = (1e-3, 3e-3, 1e-2)
+    search: int = 20
+    ranks: tuple[int, ...] = (1, 2, 4, 8, 16, 32)
+    rank_updates: int = 30
+    rollouts: int = 256
+    batches: int = 2
+    ddpo: int = 40
+    dtype: str = "bfloat16"
+    guidance: float = 4.0
+    rank: int = 4
+
+
+FULL = Size()
+#: What docs/experiments.md shows: 45 minutes of one core.
+SMALL = Size(
+    updates=24, every=6, long=60, rates=(3e-3, 1e-2), search=10, rollouts=32, batches=1,
+    ranks=(1, 4, 32), rank_updates=12, ddpo=6,
+)  # fmt: skip
+QUICK = Size(
+    model="tiny", steps=3, batch=2, updates=2, every=1, images=3, long=2, rates=(1e-3, 1e-2),
+    search=1, ranks=(1, 2), rank_updates=1, rollouts=4, batches=1, ddpo=1, dtype="float32",
+)  # fmt: skip
+SIZES = {"full": FULL, "small": SMALL, "quick": QUICK}

@@ -1,0 +1,78 @@
+"""The tables of docs/experiments.md, from the CSVs: mean ± standard deviation over seeds."""
+
+from __future__ import annotations
+
+import statistics
+from typing import Any
+
+from benchmarks.experiments import figures, time_to_reward
+from benchmarks.experiments.context import Context
+
+GAUGES = ("reward", "heldout", "alignment", "diversity")
+
+
+def cell(values: list[float], digits: int = 2) -> str:
+    """Mean ± standard deviation."""
+    mean, deviation = figures.spread(values)
+    return f"{mean:.{digits}f} ± {deviation:.{digits}f}"
+
+
+def ends(rows: Any, column: str = "variant") -> str:
+    """Where the runs ended, a line for each variant."""
+    lines = [
+        "| | runs | learning rate | images | s of one core | " + " | ".join(GAUGES) + " | drift |",
+        "|---|---:|---:|---:|---:|" + "---:|" * (len(GAUGES) + 1),
+    ]
+    for name, group in figures.by(rows, column).items():
+        final = figures.last(group)
+        cells = [
+            figures.TITLES.get(name, name),
+            str(len(final)),
+            final[0]["learning_rate"],
+            final[0]["samples"],
+            cell([float(r["cpu_seconds"]) for r in final], 0),
+            *(cell([float(r[gauge]) for r in final]) for gauge in GAUGES),
+            cell([float(r["drift"]) for r in final]) if final[0].get("drift") else "",
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def times(context: Context, level: float) -> str:
+    """Seconds to a held-out reward."""
+    lines = [f"| s of one core to {level:g} | runs that got there | mean ± sd |", "|---|---:|---:|"]
+    for name, found in time_to_reward.summary(context, level).items():
+        there = [value for value in found if value is not None]
+        words = cell(there, 1) if there else ""
+        lines.append(f"| {figures.TITLES[name]} | {len(there)} of {len(found)} | {words} |")
+    return "\n".join(lines)
+
+
+def show(context: Context) -> None:
+    """Print them all."""
+    for name in ("runs", "trl"):
+        if rows := context.store(name).rows():
+            print(f"{name}\n{ends(rows)}\n")
+    for level in (-1.5, time_to_reward.LEVEL):
+        print(times(context, level) + "\n")
+    for weights, group in figures.by(context.store("gradient_by_depth").rows(), "weights").items():
+        print(f"gradient by depth, {weights}")
+        for k, rows in figures.by(group, "k").items():
+            norms = [[float(r[name]) for r in rows] for name in ("norm", "contribution")]
+            print(k, *(f"{statistics.fmean(n):.3g} ± {figures.spread(n)[1]:.2g}" for n in norms))
+    variance = context.store("variance").rows()
+    first = {r["seed"]: float(r["trace"]) for r in variance if r["n"] == "0"}
+    timed = figures.by(context.store("variance_seconds").rows(), "n")
+    for n, rows in figures.by(variance, "n").items():
+        shares = [float(r["trace"]) / first[r["seed"]] for r in rows]
+        signal = [float(r["mean_squared"]) / float(r["trace"]) for r in rows]
+        seconds = [float(r["cpu_seconds"]) for r in timed.get(n, [])] or [float("nan")]
+        print(f"n={n}: trace {cell(shares, 3)}, {cell(seconds)} s, |mean|²/trace {cell(signal, 3)}")
+    for prompts, group in figures.by(context.store("generalisation").rows(), "prompts").items():
+        print(f"generalisation, {prompts}")
+        for name, rows in figures.by(group, "variant").items():
+            print(name, *(f"{g} {cell([float(r[g]) for r in rows])}" for g in GAUGES))
+    for step, rows in figures.by(context.store("overoptimisation").rows(), "step").items():
+        shown = [gauge for gauge in (*GAUGES, "drift") if rows[0].get(gauge)]
+        words = [f"{gauge} {cell([float(r[gauge]) for r in rows])}" for gauge in shown]
+        print(f"overoptimisation, step {step}:", *words)

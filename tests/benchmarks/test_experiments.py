@@ -1,0 +1,183 @@
+"""The experiments: runs are done once, curves are read rightly, figures come from the CSVs."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import rewardprop_fast as rpf
+from benchmarks.experiments import __main__ as command
+from benchmarks.experiments import context as contexts
+from benchmarks.experiments import generalisation, time_to_reward, variance
+from benchmarks.experiments.context import Context
+from benchmarks.experiments.size import QUICK
+from benchmarks.experiments.store import Store
+from benchmarks.experiments.training import plan, trainer_of
+from rewardprop_fast.randomness import Draws
+from rewardprop_fast.training.prompts import load_prompts
+
+KEY = ("variant", "seed", "settings")
+
+
+def test_a_run_is_found_again_by_its_settings(tmp_path: Path) -> None:
+    store = Store(tmp_path / "a.csv", KEY, ("variant", "seed"))
+    one = {"variant": "draft-1", "seed": 0, "settings": "aa"}
+    assert store.find(**one) == []
+    store.add([{**one, "step": 0, "reward": 1 / 3}, {**one, "step": 5, "drift": 0.25}])
+    found = store.find(**one)
+    assert [row["step"] for row in found] == ["0", "5"]
+    assert found[0]["reward"] == "0.333333"
+    assert found[1]["reward"] == ""
+    assert store.find(**{**one, "seed": 1}) == []
+    assert store.find(**{**one, "settings": "bb"}) == []
+    with pytest.raises(ValueError, match="has the key"):
+        store.find(variant="draft-1")
+
+
+def test_a_run_of_other_settings_takes_its_place_and_no_others(tmp_path: Path) -> None:
+    store = Store(tmp_path / "a.csv", KEY, ("variant", "seed"))
+    for seed in (0, 1):
+        store.add([{"variant": "draft-1", "seed": seed, "settings": "aa", "reward": 0.0}])
+    store.add([{"variant": "draft-1", "seed": 0, "settings": "bb", "reward": 1.0}])
+    left = {(row["seed"], row["settings"], row["reward"]) for row in store.rows()}
+    assert left == {("1", "aa", "0"), ("0", "bb", "1")}
+    assert [path.name for path in tmp_path.iterdir()] == ["a.csv"]
+
+
+def test_what_is_done_is_not_done_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trained = []
+
+    def train(run, size, judge, work):
+        trained.append((run.variant, run.learning_rate, run.seed))
+        if run.seed == 1:
+            raise KeyboardInterrupt
+        common = {"variant": run.variant, "seed": run.seed, "settings": run.fingerprint}
+        return [{**common, "rank": run.rank, "reward": 0.0, "heldout": run.learning_rate}]
+
+    monkeypatch.setattr(contexts, "train", train)
+    monkeypatch.setattr(contexts, "Judge", lambda size: None)
+    context = Context(QUICK, range(2), tmp_path, tmp_path)
+    context.do("runs", context.short("draft-1", 0))
+    with pytest.raises(KeyboardInterrupt):
+        context.do("runs", context.short("draft-1", 1))
+    # both rates of the search, then the better one
+    expected = [("draft-1", 1e-3, 100), ("draft-1", 1e-2, 100), ("draft-1", 1e-2, 0)]
+    assert trained == [*expected, ("draft-1", 1e-2, 1)]
+    trained.clear()
+    context.do("runs", context.short("draft-1", 0))
+    assert trained == []
+    with pytest.raises(KeyboardInterrupt):
+        context.do("runs", context.short("draft-1", 1))
+    larger = dataclasses.replace(context, size=dataclasses.replace(QUICK, updates=3))
+    larger.do("runs", larger.short("draft-1", 0))
+    assert trained[-1] == ("draft-1", 1e-2, 0)
+
+
+def test_a_fingerprint_tells_settings_apart_and_not_seeds() -> None:
+    one = plan("draft-1", 1e-3, 0, QUICK)
+    assert one.fingerprint == plan("draft-1", 1e-3, 7, QUICK).fingerprint
+    assert one.fingerprint != plan("draft-1", 2e-3, 0, QUICK).fingerprint
+    assert one.fingerprint != plan("draft-1", 1e-3, 0, QUICK, rank=3).fingerprint
+
+
+def test_seconds_to_a_level_lie_on_the_line_between_evaluations() -> None:
+    rows = [
+        {"cpu_seconds": str(x), "heldout": str(y)} for x, y in ((0, -3.0), (10, -2.0), (30, -1.0))
+    ]
+    assert time_to_reward.seconds_to(rows, -2.5) == pytest.approx(5)
+    assert time_to_reward.seconds_to(rows, -1.5) == pytest.approx(20)
+    assert time_to_reward.seconds_to(rows, -3.5) == 0
+    assert time_to_reward.seconds_to(rows, -0.5) is None
+
+
+def test_trl_gets_the_prompts_of_this_librarys_trainer() -> None:
+    one = plan("draft-1", 1e-3, 5, QUICK)
+    trainer = trainer_of(one, QUICK)
+    drawn = []
+    for step in range(one.updates):
+        trainer.step = step
+        drawn += trainer._drawn(0)[0]
+    assert time_to_reward.prompts_of(one) == drawn
+
+
+def test_the_trace_is_that_of_the_covariance() -> None:
+    vectors = torch.randn(50, 7, generator=torch.Generator().manual_seed(1)) + 100
+    trace = variance.Trace()
+    for vector in vectors:
+        trace.add(vector)
+    assert trace.value == pytest.approx(float(torch.cov(vectors.double().T).trace()))
+    torch.testing.assert_close(trace.mean, vectors.double().mean(0))
+
+
+def test_the_mean_over_endpoints_is_the_gradient_of_draft_lv() -> None:
+    size = dataclasses.replace(QUICK, batch=1)
+    one = plan("draft-lv", 1e-3, 3, size)
+    trainer = trainer_of(one, size)
+    with torch.no_grad():
+        for parameter in trainer.parameters.values():
+            parameter.add_(0.1)
+    prompt = trainer.prompts.prompts[0]
+    trainer.step = 4
+    trainer.training_step([prompt])
+    whole = torch.cat([p.grad.flatten() for p in trainer.parameters.values()])
+    found = variance.endpoint_gradients(trainer, prompt, Draws(3, 4, (0,)), copies=2)
+    # the loss is minus the reward
+    torch.testing.assert_close(-torch.stack(found).mean(0), whole, rtol=1e-3, atol=1e-6)
+    assert float((found[0] - found[1]).norm()) > 1e-3 * float(found[0].norm())
+
+
+def test_prompts_are_as_new_as_they_are_said_to_be() -> None:
+    trained = load_prompts("bundled").prompts
+    text = " / ".join(trained)
+    sets = generalisation.prompt_sets(16)
+    assert {len(prompts) for prompts in sets.values()} == {16}
+    for name, prompts in sets.items():
+        for prompt in prompts:
+            subject, background = prompt.split(" on a ")
+            assert (f"{subject} on" in text) == (name in ("known subjects", "new backgrounds"))
+            assert (f" a {background}" in text) == (name in ("known subjects", "new subjects"))
+
+
+def test_a_quick_experiment_from_the_command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folders = ["--results", tmp_path / "csv", "--figures", tmp_path, "--work", tmp_path / "work"]
+    arguments = ["experiments", "overoptimisation", "--quick", "--seeds", "1", *folders]
+    monkeypatch.setattr(sys, "argv", [str(one) for one in arguments])
+    assert command.main() == 0
+    table = tmp_path / "csv" / "overoptimisation.csv"
+    rows = Store(table, KEY, KEY).rows()
+    assert [row["step"] for row in rows] == ["0", "1", "2"]
+    assert float(rows[2]["cpu_seconds"]) > float(rows[1]["cpu_seconds"]) > 0
+    assert rows[1]["heldout"] != rows[0]["heldout"]
+    assert (tmp_path / "overoptimisation.jpg").stat().st_size > 0
+    assert "updates" in (tmp_path / "overoptimisation.svg").read_text()
+    before = table.read_text()
+    assert command.main() == 0
+    assert table.read_text() == before
+
+
+def test_every_figure_is_drawn_from_the_committed_tables(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["experiments", "plot", "--figures", str(tmp_path)])
+    assert command.main() == 0
+    committed = {path.name for path in (command.ROOT / "docs" / "experiments").glob("*.svg")}
+    drawn = {path.name for path in tmp_path.glob("*.svg")}
+    assert committed
+    assert committed == drawn
+    page = (command.ROOT / "docs" / "experiments.md").read_text()
+    for name in committed:
+        assert f"experiments/{name}" in page
+
+
+def test_drafts_are_what_their_names_say() -> None:
+    from benchmarks.experiments.variants import TITLES, method
+
+    assert method("draft-T", QUICK) == rpf.DRaFT(None)
+    assert method("draft-2", QUICK) == rpf.DRaFT(2)
+    assert all(name.startswith("trl-") or method(name, QUICK) for name in TITLES)
