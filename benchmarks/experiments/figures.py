@@ -21,7 +21,10 @@ LABELS = {
     "grad_norm": "gradient norm",
     "drift": "drift",
 }
-COLOURS = {name: f"C{i % 10}" for i, name in enumerate(TITLES)}
+COLOURS = {name: f"C{i % 10}" for i, name in enumerate(TITLES)} | {
+    "trl-last": "0.5",
+    "trl-random": "k",
+}
 
 
 def pyplot() -> Any:

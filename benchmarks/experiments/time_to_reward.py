@@ -177,5 +177,5 @@ def plot(context: Context, folder: Path) -> None:
         axes[2].plot(numbers, [i] * len(numbers), "k.", markersize=4)
     axes[2].set_yticks(range(len(shown)), [figures.TITLES[name] for name in shown])
     axes[2].invert_yaxis()
-    axes[2].set_xlabel(f"seconds of one core to a held-out reward of {LEVEL:g}")
+    axes[2].set_xlabel(f"seconds of one core to {LEVEL:g}")
     figures.save(figure, folder / "time_to_reward.svg")
