@@ -12,8 +12,6 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from rewardprop_fast.nn.legality import has_hooks
-
 #: Whose modules do the same at every call, as far as Python goes.
 _KNOWN = ("torch", "diffusers", "peft", "rewardprop_fast")
 
@@ -115,6 +113,9 @@ def _held(module: nn.Module) -> list[tuple[str, Tensor]]:
 
 def _why_not(module: nn.Module, where: str) -> str | None:
     """None where a replay would do all that calling this module does."""
+    # here, not above: reading a config imports this file and should not wait for diffusers
+    from rewardprop_fast.nn.legality import has_hooks
+
     if has_hooks(module):
         return f"{where} has a hook, which a replay would not call"
     if not _is_known(module):
