@@ -91,12 +91,14 @@ def judge(entries: Sequence[Entry], dtype: str) -> None:
 
 
 def alone(pool: Pool, entry: Entry, reference: Mapping[str, Any], track: bool) -> None:
-    """Gradients against the reference, and peaks, of one competitor while no other works.
+    """Gradients against the reference, and peaks, of one competitor, no other being there.
 
-    It stays in the pool, warm, if there is room.
+    Another one, idle, would hold the same files' pages, and the system gives back what one process
+    alone has. It stays in the pool, warm, until the next comes.
     """
     from safetensors.torch import load_file
 
+    pool.close()
     try:
         worker = pool.fresh(entry)
         prepared = worker.ask("prepare", job=pool.job)
