@@ -26,30 +26,16 @@ class FastLoraLinear(peft_lora.Linear):
     """peft's LoRA on a linear layer: one product, one pass, and x kept once."""
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if args or kwargs:
-            return super().forward(x, *args, **kwargs)
-        whole = merged(self)
-        if whole is not None:
-            return ops.frozen_linear(x, whole.weight, whole.bias)
-        layer = adapted(self, x)
-        if layer is None:
-            return super().forward(x, *args, **kwargs)
-        return ops.lora_linear(x, layer.weight, layer.bias, layer.lora_a, layer.lora_b, layer.scale)
+        y = None if args or kwargs else _on_operators(self, x)
+        return super().forward(x, *args, **kwargs) if y is None else y
 
 
 class FastLoraConv2d(peft_lora.Conv2d):
     """peft's LoRA on a 1x1 convolution, which is a linear layer; on any other, as the original."""
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if args or kwargs:
-            return super().forward(x, *args, **kwargs)
-        whole = merged(self)
-        if whole is not None:
-            return ops.frozen_linear(x, whole.weight, whole.bias)
-        layer = adapted(self, x)
-        if layer is None:
-            return super().forward(x, *args, **kwargs)
-        return ops.lora_linear(x, layer.weight, layer.bias, layer.lora_a, layer.lora_b, layer.scale)
+        y = None if args or kwargs else _on_operators(self, x)
+        return super().forward(x, *args, **kwargs) if y is None else y
 
 
 @dataclass(frozen=True)
@@ -70,7 +56,7 @@ def linears(
 
     With a ``norm`` they are on norm(x), of which LoRA layers keep x alone.
     """
-    if any(merged(layer) is not None for layer in layers if isinstance(layer, FastLoraLinear)):
+    if any(merged(layer) is not None for layer in layers):
         x = x if norm is None else norm(x)
         return tuple(layer(x) for layer in layers)
     found = [
@@ -134,6 +120,17 @@ def adapted(layer: Any, x: Tensor) -> Adapted | None:
     # Several adapters are one of the summed rank.
     lora_b = torch.cat([b * scale for b, scale in zip(lora_bs, scales, strict=True)], dim=1)
     return Adapted(weight, bias, torch.cat(lora_as), lora_b, 1.0)
+
+
+def _on_operators(layer: Any, x: Tensor) -> Tensor | None:
+    """What a peft layer gives for x, or None where peft's forward must run."""
+    whole = merged(layer)
+    if whole is not None:
+        return ops.frozen_linear(x, whole.weight, whole.bias)
+    parts = adapted(layer, x)
+    if parts is None:
+        return None
+    return ops.lora_linear(x, parts.weight, parts.bias, parts.lora_a, parts.lora_b, parts.scale)
 
 
 def _is_pointwise(base: nn.Module) -> bool:

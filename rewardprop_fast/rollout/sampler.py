@@ -92,11 +92,11 @@ class Sampler:
         if first < len(mask):
             with self.phase("suffix"):
                 conditions = self._conditions(self.unet)
+                step, shared = Step.of(self.unet, conditions, self._scale)
                 for i in range(first, len(mask)):
-                    latents = self._step(
-                        latents,
-                        start + i,
-                        conditions,
+                    own = self._told(start + i, conditions)
+                    latents = step(
+                        {**shared, **own, "latents": latents},
                         detach_prediction=not mask[i],
                         detach_input=detach_inputs,
                     )
@@ -136,13 +136,6 @@ class Sampler:
             None if self.noise is None else self.noise[index],
             None if moments is None else moments[index - len(self)],  # ours are the last
         )
-
-    def _step(
-        self, latents: Tensor, index: int, conditions: Conditions, **detached: bool
-    ) -> Tensor:
-        step, shared = Step.of(self.unet, conditions, self._scale)
-        told = self._told(index, conditions)
-        return step({**shared, **told, "latents": latents}, **detached)
 
     def timed(self, phase: Callable[[str], AbstractContextManager[None]]) -> Sampler:
         """The same chain, its phases surrounded by `phase(name)`."""

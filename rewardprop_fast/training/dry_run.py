@@ -146,7 +146,7 @@ class DryRun:
             facts: list[dict[str, Any]] = [{} for _ in prompts]
             reached = None
             try:
-                if together > 1 and method.common_steps(count, draws):
+                if together > 1:
                     everyone = replace(draws, samples=tuple(range(together * batch)))
                     timer = PhaseTimer(engine.device, engine.watch)
                     n, x = engine.ahead(prompts * together, latents, everyone, timer)

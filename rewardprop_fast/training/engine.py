@@ -148,9 +148,7 @@ class Engine:
             NonFiniteError: a reward or the loss is NaN or infinite; nothing was back-propagated.
         """
         timer = PhaseTimer(self.device, self.watch)
-        merge = self.config.rollout.merge_lora
-        sampler = self.sampler(prompts, draws, timer)
-        sampler = replace(sampler, reached=reached, merge_lora=merge)
+        sampler = replace(self._training_sampler(prompts, draws, timer), reached=reached)
         distance = None
         if self.config.kl_coeff:
             scale = sampler.guidance_scale if sampler.conditioning.guided else None
@@ -208,9 +206,12 @@ class Engine:
         x = latents.to(self.device, self.dtype)
         if count == 0:
             return 0, x
-        sampler = self.sampler(prompts, draws, timer)
-        sampler = replace(sampler, merge_lora=self.config.rollout.merge_lora)
+        sampler = self._training_sampler(prompts, draws, timer)
         return count, sampler.run(x, 0, count, gradients=False)
+
+    def _training_sampler(self, prompts: Sequence[str], draws: Draws, timer: PhaseTimer) -> Sampler:
+        merge = self.config.rollout.merge_lora  # images that are looked at are the adapter's own
+        return replace(self.sampler(prompts, draws, timer), merge_lora=merge)
 
     def judge(
         self,

@@ -320,7 +320,7 @@ def test_on_a_gpu_nothing_would_leave_the_device() -> None:
                 "guidance": torch.ones((), device="meta"),
             }
             state = UNetState.of(unet)
-            watch = Watch(told, state, state.modules)
+            watch = Watch(told, state)
             with without_time(unet, conditions), watch():
                 output = step(told)
         assert output.shape == latents(pipe).shape

@@ -165,8 +165,9 @@ class Captured(GraphBackend):
         if not told:
             return latents
         reason = self.recorder.why_not(latents)
-        state = UNetState.of(step.unet)
-        reason = reason or state.reason
+        if reason is None:
+            state = UNetState.of(step.unet)
+            reason = state.reason
         if reason is not None:
             self._warn(reason)
             return Eager().run(step, latents, shared, told)

@@ -102,7 +102,7 @@ class _StrictGraph(Graph):
                 poison(tensor)
 
     def _watch(self, script: Any) -> Watch:
-        return Watch(self.buffers, self.state, self.state.modules, script, inside=self.inside)
+        return Watch(self.buffers, self.state, script, inside=self.inside)
 
 
 def poison(tensor: Tensor) -> None:

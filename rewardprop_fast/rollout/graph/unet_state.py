@@ -45,7 +45,10 @@ class UNetState:
     @classmethod
     def of(cls, unet: Any) -> UNetState:
         """Look at all of it: some milliseconds for the largest models, so once a chain."""
+        # here, not above: reading a config imports this file and should not wait for diffusers
         from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+
+        from rewardprop_fast.nn.legality import has_hooks
 
         if not isinstance(unet, UNet2DConditionModel):
             name = type(unet).__name__
@@ -64,7 +67,7 @@ class UNetState:
             own = vars(module)
             settings.append(module)
             if type(module) not in _SHELVES:
-                found = found or _why_not(module, modules[module])
+                found = found or _why_not(module, modules[module], has_hooks(module))
                 settings += (type(module), own.get("forward"), own.get("processor"))
                 settings += [value for value in own.values() if type(value) in _PLAIN]
                 if "scaling" in own:
@@ -111,12 +114,9 @@ def _held(module: nn.Module) -> list[tuple[str, Tensor]]:
     return [(name, tensor) for name, tensor in held if tensor is not None]
 
 
-def _why_not(module: nn.Module, where: str) -> str | None:
+def _why_not(module: nn.Module, where: str, hooked: bool) -> str | None:
     """None where a replay would do all that calling this module does."""
-    # here, not above: reading a config imports this file and should not wait for diffusers
-    from rewardprop_fast.nn.legality import has_hooks
-
-    if has_hooks(module):
+    if hooked:
         return f"{where} has a hook, which a replay would not call"
     if not _is_known(module):
         return f"{where} is a {type(module).__name__}, which is not known to be repeatable"

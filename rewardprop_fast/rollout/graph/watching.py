@@ -77,8 +77,7 @@ class Watch:
 
     Args:
         inputs: the static buffers by name.
-        state: the UNet's tensors.
-        modules: names by module, for messages.
+        state: the UNet's tensors, and its modules' names for messages.
         script: what the first run did; None for the first run.
         inside: look into the library's operators.
     """
@@ -87,12 +86,11 @@ class Watch:
         self,
         inputs: Mapping[str, Tensor],
         state: UNetState,
-        modules: Mapping[nn.Module, str],
         script: list[Operation] | None = None,
         *,
         inside: bool = False,
     ) -> None:
-        self.modules, self.script, self.inside = modules, script, inside
+        self.modules, self.script, self.inside = state.modules, script, inside
         self.operations: list[Operation] = []
         self._origins: dict[int, tuple[StorageWeakRef, str]] = {}
         self._fixed: set[str] = set()
