@@ -25,13 +25,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import rewardprop_fast as rpf
+from benchmarks.memory_real import random_pipeline
 from rewardprop_fast.memory.cost import CostCounter
 from rewardprop_fast.memory.cpu import measure_cpu
-from rewardprop_fast.models import architectures, load_bundled
+from rewardprop_fast.models import load_bundled
+from rewardprop_fast.rewards.brightness import BrightnessReward
 
 #: What an operation's name tells of its kind; the first that fits.
 KINDS = {
@@ -188,16 +189,9 @@ def table(row: dict[str, Any]) -> str:
 
 
 def _trainer(args: argparse.Namespace, folder: str) -> Any:
-    pipe = load_bundled()
-    size = None
-    if args.model == "sd15":
-        torch.manual_seed(0)
-        dtype = getattr(torch, args.dtype)
-        pipe.register_modules(
-            unet=architectures.unet("sd15", dtype), vae=architectures.autoencoder(dtype)
-        )
-        _widen(pipe)
-        size = args.size
+    bundled = args.model == "bundled"
+    pipe = load_bundled() if bundled else random_pipeline(args.model)
+    size = None if bundled else args.size
     config = rpf.TrainConfig(
         method=rpf.DRaFT(args.k),
         sampling=rpf.SamplingConfig(steps=args.steps, guidance_scale=7.5, height=size, width=size),
@@ -206,23 +200,7 @@ def _trainer(args: argparse.Namespace, folder: str) -> Any:
         device="cpu",
         output=rpf.OutputConfig(directory=str(Path(folder, "run"))),
     )
-    return rpf.RewardPropTrainer(pipe, _brightness, "bundled", config, progress="silent")
-
-
-def _widen(pipe: Any) -> None:
-    """The bundled text encoder's place is taken by one whose embeddings are as wide as SD 1.5's."""
-    from transformers import CLIPTextModel
-
-    config = pipe.text_encoder.config.__class__(**{
-        **pipe.text_encoder.config.to_dict(), "hidden_size": 768, "intermediate_size": 768,
-        "num_attention_heads": 12,
-    })  # fmt: skip
-    pipe.register_modules(text_encoder=CLIPTextModel(config))
-    pipe.vae_scale_factor = 2 ** (len(pipe.vae.config.block_out_channels) - 1)
-
-
-def _brightness(images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> Tensor:
-    return images.mean((1, 2, 3))
+    return rpf.RewardPropTrainer(pipe, BrightnessReward(), "bundled", config, progress="silent")
 
 
 if __name__ == "__main__":

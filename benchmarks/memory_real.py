@@ -124,7 +124,7 @@ def _child(case: dict[str, Any]) -> dict[str, Any]:
     from rewardprop_fast.training.estimate import estimate
 
     accelerated = not case["form"].startswith("diffusers")
-    pipe = _pipeline(case["model"])
+    pipe = random_pipeline(case["model"])
     config = rpf.TrainConfig(
         method=rpf.DRaFT(case["k"]),
         sampling=rpf.SamplingConfig(
@@ -192,7 +192,7 @@ def _child(case: dict[str, Any]) -> dict[str, Any]:
         plan = trainer.memory.plan if trainer.memory else Plan()
         if trainer.memory:
             trainer.memory.close()
-        dry = DryRun.of_pipeline(pipe, trainer.reward, config)
+        dry = DryRun.ofrandom_pipeline(pipe, trainer.reward, config)
         foreseen = estimate(dry, plan, find_device("rtx3090"), optimizer=False)
         row["estimated_peak"] = foreseen.peak
         row["estimated_growth"] = foreseen.peak - foreseen.resident
@@ -213,7 +213,7 @@ def _take_gradients(trainer: Any) -> str:
     return digest.hexdigest()
 
 
-def _pipeline(model: str) -> Any:
+def random_pipeline(model: str) -> Any:
     """The architecture with random weights; of the text encoders the shape of the output counts."""
     import torch
     from diffusers.schedulers.scheduling_ddim import DDIMScheduler

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,8 +12,11 @@ from torch import Tensor
 
 from benchmarks.experiments.judge import Judge
 from benchmarks.experiments.size import Size
-from benchmarks.experiments.store import Store, text
+from benchmarks.experiments.store import Row, Store, text
 from benchmarks.experiments.training import DDPO_BATCHES, Run, Values, adapter, plan, train
+
+#: The rows of a run, from whoever trains it.
+Train = Callable[[Run], list[Values]]
 
 #: The seed of the search, which no experiment uses.
 SEARCH_SEED = 100
@@ -43,17 +47,25 @@ class Context:
         """The CSV of that name: its key, and within it "settings" where a run has any."""
         return Store(self.results / f"{name}.csv", key, tuple(k for k in key if k != "settings"))
 
-    def do(self, name: str, run: Run) -> list[dict[str, str]]:
-        """The rows of a training run in NAME.csv, trained now unless they are there."""
-        store = self.store(name, "variant", "seed", "rank", "settings")
+    def runs(self, name: str) -> Store:
+        """The CSV of that name, of training runs."""
+        return self.store(name, "variant", "seed", "rank", "settings")
+
+    def found(self, name: str, run: Run) -> list[Row]:
+        """The rows of a training run in NAME.csv; empty if it is still to be done."""
         key = {"variant": run.variant, "seed": run.seed, "rank": run.rank}
-        found = store.find(**key, settings=run.fingerprint)
-        if not found:
-            rows = train(run, self.size, self.judge, self.work)
-            store.add(rows)
+        return self.runs(name).find(**key, settings=run.fingerprint)
+
+    def do(self, name: str, run: Run, trained: Train | None = None) -> None:
+        """Train and add to NAME.csv what is not there; `trained` by another trainer than ours."""
+        if not self.found(name, run):
+            rows = (trained or self.train)(run)
+            self.runs(name).add(rows)
             self.say(f"{name}: {run.variant}, rank {run.rank}, seed {run.seed}", rows)
-            found = store.find(**key, settings=run.fingerprint)
-        return found
+
+    def train(self, run: Run) -> list[Values]:
+        """The rows of a run of this library's."""
+        return train(run, self.size, self.judge, self.work)
 
     def say(self, what: str, rows: Sequence[Values]) -> None:
         """A line for whoever waits."""
@@ -72,11 +84,11 @@ class Context:
     def adapter(self, run: Run) -> dict[str, Tensor]:
         return adapter(run, self.size, self.judge, self.work)
 
-    def rate(self, variant: str) -> float:
+    def rate(self, variant: str, trained: Train | None = None) -> float:
         """The learning rate of the highest held-out reward in a small search, done once.
 
         Every variant gets the same: the size's rates, the same number of images, one seed of its
-        own, one evaluation at the end.
+        own, one evaluation at the end; `trained` by another trainer than ours.
         """
         size = self.size
         store = self.store("learning_rates", "variant", "learning_rate", "settings")
@@ -87,10 +99,10 @@ class Context:
             key = {"variant": variant, "learning_rate": rate, "settings": run.fingerprint}
             rows = store.find(**key)
             if not rows:
-                trained = train(run, size, self.judge, self.work)
-                store.add([trained[-1] | {"learning_rate": rate}])
-                self.say(f"search: {variant} at {text(rate)}", trained)
+                done = (trained or self.train)(run)
+                store.add(done[-1:])
+                self.say(f"search: {variant} at {text(rate)}", done)
                 rows = store.find(**key)
-            value = float(rows[-1]["heldout"])
-            best[rate] = value if float(rows[-1]["reward"]) == float(rows[-1]["reward"]) else -1e9
+            broke = math.isnan(float(rows[-1]["reward"]))
+            best[rate] = -math.inf if broke else float(rows[-1]["heldout"])
         return max(best, key=lambda rate: best[rate])

@@ -44,14 +44,12 @@ def prompt_sets(images: int) -> dict[str, list[str]]:
 def run(context: Context) -> None:
     sets = prompt_sets(context.size.images)
     store = context.store("generalisation", "variant", "seed", "settings")
-    done = context.store("runs", "variant", "seed", "rank", "settings")
     for seed in context.seeds:
         for variant in ("base", *VARIANTS):
             state, settings = None, "base"
             if variant != "base":
                 one = context.short(variant, seed)
-                key = {"variant": variant, "seed": seed, "rank": one.rank}
-                if not done.find(**key, settings=one.fingerprint):
+                if not context.found("runs", one):
                     continue  # (a) and (d) have not trained it
                 state, settings = context.adapter(one), one.fingerprint
             key = {"variant": variant, "seed": seed, "settings": settings}

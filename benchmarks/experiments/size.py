@@ -31,8 +31,6 @@ class Size:
     long: int = 100
     rates: tuple[float, ...] = (1e-3, 3e-3, 1e-2)
     search: int = 20
-    ranks: tuple[int, ...] = (1, 2, 4, 8, 16, 32)
-    rank_updates: int = 30
     rollouts: int = 256
     batches: int = 2
     ddpo: int = 40
@@ -45,10 +43,10 @@ FULL = Size()
 #: What docs/experiments.md shows: 45 minutes of one core.
 SMALL = Size(
     updates=24, every=6, long=60, rates=(3e-3, 1e-2), search=10, rollouts=32, batches=1,
-    ranks=(1, 4, 32), rank_updates=12, ddpo=6,
+    ddpo=6,
 )  # fmt: skip
 QUICK = Size(
     model="tiny", steps=3, batch=2, updates=2, every=1, images=3, long=2, rates=(1e-3, 1e-2),
-    search=1, ranks=(1, 2), rank_updates=1, rollouts=4, batches=1, ddpo=1, dtype="float32",
+    search=1, rollouts=4, batches=1, ddpo=1, dtype="float32",
 )  # fmt: skip
 SIZES = {"full": FULL, "small": SMALL, "quick": QUICK}

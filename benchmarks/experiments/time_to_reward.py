@@ -9,6 +9,7 @@ a truncation drawn anew at every step of the chain, and once with the last step 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import json
 import os
@@ -23,9 +24,9 @@ from typing import Any
 from safetensors.torch import load_file
 
 from benchmarks.experiments import figures
-from benchmarks.experiments.context import SEARCH_SEED, Context
+from benchmarks.experiments.context import Context
 from benchmarks.experiments.judge import STYLE
-from benchmarks.experiments.training import Run, Values, plan
+from benchmarks.experiments.training import START, Run, Values, plan
 from rewardprop_fast import randomness
 from rewardprop_fast.randomness import Stream
 from rewardprop_fast.training.prompts import load_prompts
@@ -39,37 +40,11 @@ def run(context: Context) -> None:
     for seed in context.seeds:
         for variant in OURS:
             context.do("runs", context.short(variant, seed))
+    by_trl = functools.partial(train, context)
     for variant in TRL:
-        race(context, variant)
-
-
-def race(context: Context, variant: str) -> None:
-    """The runs of one of TRL's variants."""
-    rate = search(context, variant)
-    for seed in context.seeds:
-        one = plan(variant, rate, seed, context.size)
-        store = context.store("trl", "variant", "seed", "settings")
-        key = {"variant": variant, "seed": seed, "settings": one.fingerprint}
-        if not store.find(**key):
-            rows = train(context, one)
-            store.add(rows)
-            context.say(f"{variant}, seed {seed}", rows)
-
-
-def search(context: Context, variant: str) -> float:
-    """As `Context.rate` does for this library's methods."""
-    size = context.size
-    store = context.store("learning_rates", "variant", "learning_rate", "settings")
-    found: dict[float, float] = {}
-    for rate in size.rates:
-        one = plan(variant, rate, SEARCH_SEED, size, updates=size.search, every=size.search)
-        key = {"variant": variant, "learning_rate": rate, "settings": one.fingerprint}
-        if not store.find(**key):
-            rows = train(context, one)
-            store.add(rows[-1:])
-            context.say(f"search: {variant} at {rate}", rows)
-        found[rate] = float(store.find(**key)[-1]["heldout"])
-    return max(found, key=lambda rate: found[rate])
+        rate = context.rate(variant, by_trl)
+        for seed in context.seeds:
+            context.do("trl", plan(variant, rate, seed, context.size), by_trl)
 
 
 def prompts_of(one: Run) -> list[str]:
@@ -113,17 +88,12 @@ def train(context: Context, one: Run) -> list[Values]:
         if done.returncode:
             sys.exit(f"TRL's run failed: {(done.stderr.strip().splitlines() or ['killed'])[-1]}")
         times = json.loads(Path(output, "times.json").read_text())
-        common = {
-            "variant": one.variant, "seed": one.seed, "settings": one.fingerprint,
-            "learning_rate": one.learning_rate, "rank": one.rank,
-        }  # fmt: skip
-        start = {"step": 0, "samples": 0, "seconds": 0.0, "cpu_seconds": 0.0}
-        rows = [{**common, **start, **context.judge.look(None).gauges}]
+        rows = [{**one.columns, **START, **context.judge.look(None).gauges}]
         for point in times:
             state = load_file(Path(output, f"{point['step']}.safetensors"))
             samples = point["step"] * one.batch
             gauges = context.judge.look(state).gauges
-            rows.append({**common, **point, "samples": samples, **gauges})
+            rows.append({**one.columns, **point, "samples": samples, **gauges})
     return rows
 
 

@@ -21,6 +21,8 @@ from rewardprop_fast.errors import NonFiniteError
 from rewardprop_fast.rewards import build
 
 Values = dict[str, Any]
+#: A run that has not begun.
+START = {"step": 0, "samples": 0, "seconds": 0.0, "cpu_seconds": 0.0}
 #: Batches of an update of DDPO; methods with gradients take one.
 DDPO_BATCHES = 4
 
@@ -56,6 +58,14 @@ class Run:
     def fingerprint(self) -> str:
         """Of everything but seed and variant, which stand beside it."""
         return fingerprint({**asdict(self), "seed": None, "variant": None})
+
+    @property
+    def columns(self) -> Values:
+        """What every row of the run says of it."""
+        return {
+            "variant": self.variant, "seed": self.seed, "settings": self.fingerprint,
+            "learning_rate": self.learning_rate, "rank": self.rank,
+        }  # fmt: skip
 
     @property
     def name(self) -> str:
@@ -119,13 +129,8 @@ def progress(run: Run, size: Size, judge: Judge) -> Iterator[Progress]:
     first one's preparations among it, without loading and evaluations.
     """
     trainer = trainer_of(run, size)
-    common = {
-        "variant": run.variant, "seed": run.seed, "settings": run.fingerprint,
-        "learning_rate": run.learning_rate, "rank": run.rank,
-    }  # fmt: skip
     verdict = judge.look(None)
-    start = {"step": 0, "samples": 0, "seconds": 0.0, "cpu_seconds": 0.0}
-    yield Progress({**common, **start, **verdict.gauges}, None, verdict.images)
+    yield Progress({**run.columns, **START, **verdict.gauges}, None, verdict.images)
     seconds = cpu = 0.0
     norms: list[float] = []
     for step in range(1, run.updates + 1):
@@ -140,7 +145,7 @@ def progress(run: Run, size: Size, judge: Judge) -> Iterator[Progress]:
         verdict = judge.look(state)
         yield Progress(
             {
-                **common,
+                **run.columns,
                 "step": step,
                 "samples": step * run.batch * run.accumulation,
                 "seconds": seconds,
@@ -156,8 +161,12 @@ def progress(run: Run, size: Size, judge: Judge) -> Iterator[Progress]:
         norms = []
 
 
-def train(run: Run, size: Size, judge: Judge, work: Path) -> list[Values]:
-    """The rows of a whole run; its adapter is kept in `work`. A run that breaks ends there."""
+def train(run: Run, size: Size, judge: Judge, work: Path, name: str | None = None) -> list[Values]:
+    """The rows of a whole run; its adapter is kept in `work`. A run that breaks ends there.
+
+    Args:
+        name: what the adapter is kept as; None is the run's own.
+    """
     rows: list[Values] = []
     state = None
     try:
@@ -167,7 +176,7 @@ def train(run: Run, size: Size, judge: Judge, work: Path) -> list[Values]:
     except NonFiniteError:
         rows.append({**rows[-1], "step": rows[-1]["step"] + 1, "reward": float("nan")})
     if state is not None:
-        keep(work, run.name, state)
+        keep(work, name or run.name, state)
     return rows
 
 
@@ -181,8 +190,5 @@ def adapter(run: Run, size: Size, judge: Judge, work: Path) -> dict[str, Tensor]
     """The adapter of a run, trained now if it is not there."""
     path = work / f"{run.name}.safetensors"
     if not path.is_file():
-        train(replace(run, every=run.updates), size, judge, work)
-        renamed = work / f"{replace(run, every=run.updates).name}.safetensors"
-        if renamed != path:
-            renamed.rename(path)
+        train(replace(run, every=run.updates), size, judge, work, run.name)
     return load_file(path)

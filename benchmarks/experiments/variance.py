@@ -7,6 +7,7 @@ covariance of such gradients over many rollouts comes from running sums, in one 
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from pathlib import Path
 
@@ -133,8 +134,6 @@ def seconds(context: Context, seed: int, repeats: int = 3) -> None:
 
 
 def _with(trainer: rpf.RewardPropTrainer, n: int) -> rpf.TrainConfig:
-    import dataclasses
-
     method = rpf.DRaFTLV(n) if n else rpf.DRaFT(1)
     return dataclasses.replace(trainer.config, method=method)
 

@@ -29,8 +29,6 @@ from benchmarks.peers.workloads import CPU_DEFAULT, GPU_DEFAULT, WORKLOADS, Work
 RESULTS = ROOT / "benchmarks" / "results"
 DEFAULT = ("trl", "loop", "loop-checkpoint", "ours", "ours-lean")
 GPU_EXTRA = ("loop-compile", "loop-graphs", "loop-xformers")
-#: What a process may take before it was measured, at the most.
-NEWCOMER_GIB = {"tiny": 1.0, "bundled": 2.0, "sd15": 9.0, "sdxl": 14.0}
 #: TRL knows SD 1.x alone.
 NOT_SDXL = ("trl", "compat")
 
@@ -121,7 +119,7 @@ def _race(
     print(f"\n{workload.title}, {dtype}", flush=True)
     entries = [race.Entry(name) for name in names]
     limit = args.memory * race.GIB if args.memory else 0.8 * _available(device)
-    pool = race.Pool(start, job, limit, NEWCOMER_GIB[workload.model] * race.GIB)
+    pool = race.Pool(start, job, limit)
     try:
         for entry in entries:
             began = time.perf_counter()

@@ -134,12 +134,11 @@ class Pool:
     """Competitors that are ready; those unused for longest make room for others.
 
     Args:
-        limit: bytes that all of them together may take.
-        newcomer: bytes that one may take of which nothing is known yet.
+        limit: bytes that all of them together may take, once `alone` has measured them.
     """
 
-    def __init__(self, start: Start, job: dict[str, Any], limit: float, newcomer: float) -> None:
-        self.start, self.job, self.limit, self.newcomer = start, job, limit, newcomer
+    def __init__(self, start: Start, job: dict[str, Any], limit: float) -> None:
+        self.start, self.job, self.limit = start, job, limit
         self.alive: dict[str, tuple[Entry, Worker]] = {}  # the longest unused first
 
     def fresh(self, entry: Entry) -> Worker:
@@ -170,8 +169,6 @@ class Pool:
     def _taken(self, newcomer: Entry) -> float:
         """The most that all take while the newcomer is prepared, or while any of them works."""
         entries = [entry for entry, _ in self.alive.values()]
-        if not newcomer.idle:
-            return sum(entry.idle for entry in entries) + self.newcomer
         idle = sum(entry.idle for entry in [*entries, newcomer])
         grows = max(entry.step_peak - entry.idle for entry in [*entries, newcomer])
         # Preparing may take more than a step: TRL loads float32 first.

@@ -55,8 +55,7 @@ def test_what_is_done_is_not_done_again(tmp_path: Path, monkeypatch: pytest.Monk
         trained.append((run.variant, run.learning_rate, run.seed))
         if run.seed == 1:
             raise KeyboardInterrupt
-        common = {"variant": run.variant, "seed": run.seed, "settings": run.fingerprint}
-        return [{**common, "rank": run.rank, "reward": 0.0, "heldout": run.learning_rate}]
+        return [{**run.columns, "reward": 0.0, "heldout": run.learning_rate}]
 
     monkeypatch.setattr(contexts, "train", train)
     monkeypatch.setattr(contexts, "Judge", lambda size: None)

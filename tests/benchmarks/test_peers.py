@@ -154,7 +154,7 @@ def log() -> list[tuple[str, str]]:
 
 def test_a_run_whose_gradients_disagree_is_not_raced(log: list[tuple[str, str]]) -> None:
     entries = [Entry(name) for name in ("loop", "wrong", "broken", "ours")]
-    pool = Pool(Fake, {}, limit=1000, newcomer=40)
+    pool = Pool(Fake, {}, limit=1000)
     for one in entries:
         alone(pool, one, GRADIENTS, track=True)
     judge(entries, "float32")
@@ -187,7 +187,7 @@ def test_a_run_whose_gradients_disagree_is_not_raced(log: list[tuple[str, str]])
 def test_the_longest_unused_makes_room(log: list[tuple[str, str]]) -> None:
     entries = [entry(n, 0.0, idle=10, step_peak=30, process_peak=40) for n in ("a", "b", "c")]
     # two idle and one at its start: 10 + 40; three would be 20 + 40
-    pool = Pool(Fake, {}, limit=55, newcomer=40)
+    pool = Pool(Fake, {}, limit=55)
     for one in entries:
         pool.get(one)
     assert list(pool.alive) == ["b", "c"]
