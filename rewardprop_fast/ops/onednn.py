@@ -19,9 +19,10 @@ from torch import Tensor
 #: Below, a convolution's weight is so small that bringing it into another layout costs nothing.
 _LEAST_CHANNELS = 16
 
-#: oneDNN's widest block of output channels. Where it divides them, it is the block for every image;
-#: elsewhere the block depends on the image, and a weight packed for another takes ten to thirty
-#: times as long, since it is brought into the right layout at every call.
+#: oneDNN's widest block of output channels with AVX-512. Where it divides them, it is the block for
+#: every image; elsewhere, and on CPUs without AVX-512 always, the block depends on the image, and a
+#: weight packed for another takes up to thirty times as long, since it is brought into the right
+#: layout at every call.
 _BLOCK = 64
 
 
@@ -53,7 +54,7 @@ def images_of_one_layout(channels: int, shape: Sequence[int]) -> tuple[int, ...]
 
     Otherwise for those of this shape (B, C, H, W) alone.
     """
-    return () if channels % _BLOCK == 0 else tuple(shape)
+    return () if channels % _BLOCK == 0 and _has_avx512() else tuple(shape)
 
 
 def pack_convolution(
@@ -105,6 +106,11 @@ def why_not_convolution(dtype: torch.dtype) -> str | None:
     if dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
         return "oneDNN has no bfloat16 on this CPU"
     return None
+
+
+@cache
+def _has_avx512() -> bool:
+    return "AVX512" in torch.backends.cpu.get_cpu_capability()
 
 
 @cache
