@@ -101,6 +101,7 @@ float above(float maximum) { return maximum == -infinity() ? 0.0f : maximum; }
 template <typename T>
 void forward(const Attention<T>& op, const AttentionPart& part, float* scratch) {
     const std::int64_t width = op.width, step = round_up(width, kPad), tile = key_tile(width);
+    const std::int64_t columns = round_up(width, kLanes);
     const float factor = op.scale * kLog2E;
     float* keys_turned = scratch;  // tile after tile: (width, keys of the tile)
     float* values = keys_turned + width * round_up(op.keys, kPad);
@@ -139,11 +140,11 @@ void forward(const Attention<T>& op, const AttentionPart& part, float* scratch) 
                     const float shrink = power(before - above(highest));
                     maximum[i] = highest;
                     total[i] *= shrink;
-                    for (std::int64_t d = 0; d < step; ++d) sums[i * step + d] *= shrink;
+                    for (std::int64_t d = 0; d < columns; ++d) sums[i * step + d] *= shrink;
                 }
                 total[i] += weigh_row(row, padded, above(maximum[i]));
             }
-            product<false>(scores, padded, values + key * step, step, sums, step, rows, step,
+            product<false>(scores, padded, values + key * step, step, sums, step, rows, columns,
                            key_count, key > 0);
         }
         for (std::int64_t i = 0; i < count; ++i) {
@@ -186,6 +187,7 @@ void weigh_row_backward(float* __restrict scores, float* __restrict dscores, std
 template <typename T>
 void backward(const AttentionBackward<T>& op, const AttentionPart& part, float* scratch) {
     const std::int64_t width = op.width, step = round_up(width, kPad), tile = key_tile(width);
+    const std::int64_t columns = round_up(width, kLanes);
     const float factor = op.scale * kLog2E;
     const std::int64_t count = part.last_query - part.first_query;
     const std::int64_t query_rows = round_up(count, kQueryTile);
@@ -248,16 +250,16 @@ void backward(const AttentionBackward<T>& op, const AttentionPart& part, float* 
             }
             const std::int64_t key_rows = round_up(key_count, kRows);
             if (part.dv) {
-                product<true>(scores, padded, grad, step, dvalues, step, key_rows, step, rows,
+                product<true>(scores, padded, grad, step, dvalues, step, key_rows, columns, rows,
                               first > 0);
             }
             if (part.dk) {
-                product<true>(dscores, padded, q, step, dkeys, step, key_rows, step, rows,
+                product<true>(dscores, padded, q, step, dkeys, step, key_rows, columns, rows,
                               first > 0);
             }
             if (part.dq) {
                 product<false>(dscores, padded, keys, step, dqueries + first * step, step, rows,
-                               step, key_count, key > part.first_key);
+                               columns, key_count, key > part.first_key);
             }
         }
         for (std::int64_t i = 0; i < key_count; ++i) {

@@ -19,7 +19,7 @@ constexpr int kColumns = 3;
 // So many products make one sum.
 constexpr std::int64_t kDepth = 64;
 
-// Matrices are padded to whole vectors of the widest instruction set.
+// Rows are this far apart or a multiple: whole vectors of the widest instruction set.
 constexpr std::int64_t kPad = 16;
 
 typedef float Vector __attribute__((vector_size(kLanes * sizeof(float))));
@@ -99,8 +99,8 @@ static void product_piece(const float* a, std::int64_t a_step, const float* b, s
     }
 }
 
-// c (rows, columns) = or += a b, with rows a multiple of kRows and columns one of kPad. Panels of b
-// stay in the first cache while a passes by.
+// c (rows, columns) = or += a b, with rows a multiple of kRows and columns one of kLanes. Panels of
+// b stay in the first cache while a passes by.
 template <bool kTurned>
 static void product(const float* a, std::int64_t a_step, const float* b, std::int64_t b_step,
                     float* c, std::int64_t c_step, std::int64_t rows, std::int64_t columns,
