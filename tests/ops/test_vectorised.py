@@ -16,7 +16,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 COMPILER = os.environ.get("CXX", "g++")
 
-#: Loops by a piece of their body, and how often each is compiled at least: where it is inlined anew.
+#: Loops by a piece of their body, and how often each is compiled at least: inlined, once more.
 LOOPS = {
     "geglu_loops.cpp": {"math::store(math::geglu(": 2, "math::geglu_gradients(": 2},
     "attention_loops.cpp": {
@@ -31,7 +31,7 @@ def flags_of_the_build(file: str, isa: str) -> list[str]:
     text = (ROOT / "CMakeLists.txt").read_text(encoding="utf-8")
     everywhere = re.search(r"^add_compile_options\((-Wall.*?)\)", text, re.M)
     assert everywhere
-    flags = everywhere[1].split() + ["-O3", "-std=c++17"]
+    flags = [*everywhere[1].split(), "-O3", "-std=c++17"]
     if file == "attention_loops.cpp":
         flags.append("-ffp-contract=fast")
     named = re.search(rf"set\({isa}_flags (.*?)\)", text)
