@@ -72,9 +72,37 @@ def pack_convolution(
     return packed
 
 
-def adjoint(weight: Tensor) -> Tensor:
-    """(C, N, kh, kw), flipped: for stride 1, the convolution with it is the input gradient."""
-    return weight.flip(2, 3).transpose(0, 1).contiguous()
+def transposed_convolution(
+    x: Tensor,
+    packed: Tensor,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    output_padding: Sequence[int],
+    dilation: Sequence[int],
+) -> Tensor:
+    """With a weight from `pack_transposed_convolution`; channels_last in and out."""
+    y: Tensor = torch.ops.mkldnn._convolution_transpose_pointwise(
+        x, packed, None, padding, output_padding, stride, dilation, 1, "none", [], ""
+    )
+    return y
+
+
+def pack_transposed_convolution(
+    weight: Tensor,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    output_padding: Sequence[int],
+    dilation: Sequence[int],
+    shape: Sequence[int],
+) -> Tensor:
+    """(N, C, kh, kw) in the layout that `transposed_convolution` reads fastest for x of this shape.
+
+    The weight is that of the convolution whose input gradient it is: nothing is flipped.
+    """
+    packed: Tensor = torch.ops.mkldnn._reorder_convolution_transpose_weight(
+        weight, padding, output_padding, stride, dilation, 1, list(shape)
+    )
+    return packed
 
 
 def why_no_gain(weight: Tensor) -> str | None:

@@ -7,6 +7,11 @@ the values, or, where a write might change few of them, say `drop_packs`.
 
 The memory of a weight that lies in a model's file is given back once a copy is made (`ops.mapped`):
 it is read no more, but for the sample, which is then taken from its beginning alone.
+
+Copies for the forward pass are read at every step of every chain and stay. The input gradient of a
+large weight is needed once for each step with gradients: its copy is made for the first of them and
+dropped, made for the second and kept, until the forward pass comes round again. So a chain with one
+such step, DRaFT-1's, does not hold a second copy of its convolutions.
 """
 
 from __future__ import annotations
@@ -25,6 +30,18 @@ _ATTRIBUTE = "_rewardprop_packs"
 #: Values of the weight that are compared at every use: a few microseconds.
 _SAMPLES = 256
 
+#: Weights of so many bytes are large: SD 1.5's convolutions from 640 channels on.
+_LARGE = 4 * 2**20
+
+#: Copies of one name that are kept: steps without gradients may have batches of their own size.
+_MOST_IMAGES = 2
+
+
+#: What a copy is for: the operation and its settings.
+Name = tuple[Any, ...]
+#: The image that its layout is made for; () where it is one for all.
+Image = tuple[int, ...]
+
 
 class Packs:
     """The packed copies of one weight, each made when it is first asked for."""
@@ -36,7 +53,9 @@ class Packs:
         self._span = (weight.data_ptr(), weight.nbytes)
         self._in_file = weight.device.type == "cpu" and mapped.lies_in_a_file(*self._span)
         self._sample = _sample(weight, self._in_file).clone()
-        self._made: dict[Any, Tensor] = {}
+        self._large = weight.nbytes >= _LARGE
+        self._made: dict[Name, dict[Image, Tensor]] = {}
+        self._of_gradients: dict[Name, dict[Image, Tensor]] = {}
 
     def hold_for(self, weight: Tensor) -> bool:
         """Whether the weight is still what it was when they were made."""
@@ -48,18 +67,52 @@ class Packs:
             and torch.equal(self._sample, _sample(weight, self._in_file))
         )
 
-    def get(self, key: Any, make: Callable[[], Tensor]) -> Tensor:
-        """The copy of this name, made now if it is not there."""
-        if key not in self._made:
-            self._made[key] = make()
-            if self._in_file:
-                mapped.let_go(*self._span)
-        return self._made[key]
+    def kept(self, name: Name, image: Image, make: Callable[[], Tensor]) -> Tensor:
+        """The copy of this name for images of this shape, made now if it is not there."""
+        if self._large:
+            self._of_gradients.clear()
+        return self._get(self._made, name, image, make)
+
+    def kept_if_repeated(self, name: Name, image: Image, make: Callable[[], Tensor]) -> Tensor:
+        """Likewise, but a large weight's first one since `kept` was called is for one use alone."""
+        if not self._large:
+            return self._get(self._made, name, image, make)
+        if name in self._of_gradients:
+            return self._get(self._of_gradients, name, image, make)
+        self._of_gradients[name] = {}
+        return self._make(make)
+
+    def _get(
+        self,
+        made: dict[Name, dict[Image, Tensor]],
+        name: Name,
+        image: Image,
+        make: Callable[[], Tensor],
+    ) -> Tensor:
+        of_images = made.setdefault(name, {})
+        packed = of_images.pop(image, None)
+        if packed is None:
+            packed = self._make(make)
+        of_images[image] = packed  # the last is the one that was used last
+        if len(of_images) > _MOST_IMAGES:
+            del of_images[next(iter(of_images))]
+        return packed
+
+    def _make(self, make: Callable[[], Tensor]) -> Tensor:
+        packed = make()
+        if self._in_file:
+            mapped.let_go(*self._span)
+        return packed
 
     @property
     def nbytes(self) -> int:
         """What they take, padding included."""
-        return sum(torch.ops.mkldnn._nbytes(packed) for packed in self._made.values())
+        return sum(
+            torch.ops.mkldnn._nbytes(packed)
+            for made in (self._made, self._of_gradients)
+            for of_images in made.values()
+            for packed in of_images.values()
+        )
 
     def __reduce__(self) -> tuple[Any, ...]:
         # A tensor is pickled and copied with its attributes; these are made anew when needed.

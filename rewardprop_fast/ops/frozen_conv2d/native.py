@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from rewardprop_fast.ops import onednn, packing
-from rewardprop_fast.ops.frozen_conv2d import packed, reference
+from rewardprop_fast.ops.frozen_conv2d import packed
 
 #: From here on the weight's share of the work is below a twentieth: a copy of it would not pay.
 _MOST_POSITIONS = 8192
@@ -74,7 +74,11 @@ def forward(
 ) -> Tensor:
     """y (B, N, H', W'), channels_last."""
     if _is_plain_pointwise(weight, padding):
-        return _linear(x, packed.linear_for_forward(weight), bias)
+        rows = x.permute(0, 2, 3, 1)
+        y: Tensor = torch.ops.mkldnn._linear_pointwise(
+            rows, packed.linear_for_forward(weight), bias, "none", [], ""
+        )
+        return y.permute(0, 3, 1, 2)
     ready = packed.for_forward(weight, stride, padding, dilation, x.shape)
     return onednn.convolution(x, ready, bias, stride, padding, dilation)
 
@@ -91,22 +95,20 @@ def backward(
 ) -> Tensor:
     """dX (B, C, H, W), channels_last."""
     if _is_plain_pointwise(weight, padding):
-        return _linear(grad, packed.linear_for_input_gradient(weight), None)
-    sizes = zip(weight.shape[2:], padding, dilation, strict=True)
-    rest = [spread * (size - 1) - pad for size, pad, spread in sizes]
-    if tuple(stride) != (1, 1) or min(rest) < 0:
-        # No convolution over dY: oneDNN's own kernel for it, with the weight as it is.
-        return reference.backward(
-            grad, weight, x_shape, stride, padding, dilation, groups, channels_last
-        )
-    ready = packed.for_input_gradient(weight, rest, dilation, grad.shape)
-    return onednn.convolution(grad, ready, None, [1, 1], rest, dilation)
-
-
-def _linear(x: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
-    rows = x.permute(0, 2, 3, 1)
-    y: Tensor = torch.ops.mkldnn._linear_pointwise(rows, packed, bias, "none", [], "")
-    return y.permute(0, 3, 1, 2)
+        # Packing the transpose costs several times the product, and gains little.
+        rows = grad.permute(0, 2, 3, 1)
+        dx = onednn.linear(rows.reshape(-1, rows.shape[-1]), packed.matrix(weight).T, None)
+        return dx.view(*rows.shape[:-1], weight.shape[1]).permute(0, 3, 1, 2)
+    # The transposed convolution's output is as long as the shortest image that gives dY.
+    lengths = zip(
+        x_shape[2:], grad.shape[2:], stride, padding, dilation, weight.shape[2:], strict=True
+    )
+    missing = [
+        size - ((count - 1) * step - 2 * pad + spread * (taps - 1) + 1)
+        for size, count, step, pad, spread, taps in lengths
+    ]
+    ready = packed.for_input_gradient(weight, stride, padding, missing, dilation, grad.shape)
+    return onednn.transposed_convolution(grad, ready, stride, padding, missing, dilation)
 
 
 def _is_pointwise(weight: Tensor) -> bool:

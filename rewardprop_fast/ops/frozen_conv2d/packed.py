@@ -2,8 +2,8 @@
 
 PyTorch's convolution on a CPU brings the weight into the layout that its kernel reads at every
 call; for the small images of a UNet's inner levels that takes longer than the arithmetic. A frozen
-weight can be brought there once: for the forward pass, and for the input gradient, which for stride
-1 is a convolution too, with the weight flipped and its channel axes exchanged.
+weight can be brought there once: for the forward pass, and for the input gradient, which is the
+transposed convolution with the same weight.
 
 1x1 convolutions are packed as linear layers: oneDNN's packed layouts for those convolutions depend
 on the image's size, and a convolution of another size then takes a hundred times as long.
@@ -31,43 +31,43 @@ def for_forward(
 
     For images of this shape (B, C, H, W); mostly one copy is right for all.
     """
-    images = onednn.images_of_one_layout(weight.shape[0], shape)
-    return packs_of(weight).get(
-        ("forward", *stride, *padding, *dilation, *images),
+    return packs_of(weight).kept(
+        ("forward", *stride, *padding, *dilation),
+        onednn.images_of_one_layout(weight.shape[0], shape),
         lambda: onednn.pack_convolution(weight.detach(), stride, padding, dilation, shape),
     )
 
 
 def for_input_gradient(
-    weight: Tensor, padding: Sequence[int], dilation: Sequence[int], shape: Sequence[int]
+    weight: Tensor,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    output_padding: Sequence[int],
+    dilation: Sequence[int],
+    shape: Sequence[int],
 ) -> Tensor:
-    """(C, N, kh, kw), flipped: the convolution with it, padded so, is the input gradient.
+    """The weight as ``mkldnn::_convolution_transpose_pointwise`` reads it fastest.
 
     For gradients of this shape (B, N, H', W').
     """
-    images = onednn.images_of_one_layout(weight.shape[1], shape)
-    return packs_of(weight).get(
-        ("input gradient", *padding, *dilation, *images),
-        lambda: onednn.pack_convolution(
-            onednn.adjoint(weight.detach()), [1, 1], padding, dilation, shape
+    return packs_of(weight).kept_if_repeated(
+        ("input gradient", *stride, *padding, *dilation),
+        (*shape, *output_padding),
+        lambda: onednn.pack_transposed_convolution(
+            weight.detach(), stride, padding, output_padding, dilation, shape
         ),
     )
 
 
 def linear_for_forward(weight: Tensor) -> Tensor:
     """A 1x1 weight as ``mkldnn::_linear_pointwise`` reads it fastest."""
-    return packs_of(weight).get(
-        "linear forward", lambda: torch.ops.mkldnn._reorder_linear_weight(_matrix(weight), None)
+    return packs_of(weight).kept(
+        ("linear forward",),
+        (),
+        lambda: torch.ops.mkldnn._reorder_linear_weight(matrix(weight), None),
     )
 
 
-def linear_for_input_gradient(weight: Tensor) -> Tensor:
-    """Its transpose, likewise."""
-    return packs_of(weight).get(
-        "linear input gradient",
-        lambda: torch.ops.mkldnn._reorder_linear_weight(_matrix(weight).T.contiguous(), None),
-    )
-
-
-def _matrix(weight: Tensor) -> Tensor:
+def matrix(weight: Tensor) -> Tensor:
+    """A 1x1 weight as (N, C), a view."""
     return weight.detach().reshape(weight.shape[:2])

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from rewardprop_fast.ops import onednn, packing
 
-_ONE, _PADDING = [1, 1], [1, 1]
+_NONE, _ONE, _PADDING = [0, 0], [1, 1], [1, 1]
 _PHASES = ((0, 0), (0, 1), (1, 0), (1, 1))
 
 
@@ -69,7 +69,7 @@ def backward(grad: Tensor, weight: Tensor) -> Tensor:
     for row, column in _PHASES:
         phase = grad[:, :, row::2, column::2].contiguous(memory_format=torch.channels_last)
         ready = _for_input_gradient(weight, row, column, phase.shape)
-        part = onednn.convolution(phase, ready, None, _ONE, _PADDING, _ONE)
+        part = onednn.transposed_convolution(phase, ready, _ONE, _NONE, _NONE, _ONE)
         own = part[:, :, 1 - row : 1 - row + height, 1 - column : 1 - column + width]
         total = own.float() if total is None else total.add_(own)
     assert total is not None
@@ -89,18 +89,18 @@ def _fold(weight: Tensor, phase: int, dim: int) -> Tensor:
 
 
 def _for_forward(weight: Tensor, row: int, column: int, shape: Sequence[int]) -> Tensor:
-    images = onednn.images_of_one_layout(weight.shape[0], shape)
-    return packing.packs_of(weight).get(
-        ("upsampled forward", row, column, *images),
+    return packing.packs_of(weight).kept(
+        ("upsampled forward", row, column),
+        onednn.images_of_one_layout(weight.shape[0], shape),
         lambda: onednn.pack_convolution(folded(weight, row, column), _ONE, _PADDING, _ONE, shape),
     )
 
 
 def _for_input_gradient(weight: Tensor, row: int, column: int, shape: Sequence[int]) -> Tensor:
-    images = onednn.images_of_one_layout(weight.shape[1], shape)
-    return packing.packs_of(weight).get(
-        ("upsampled input gradient", row, column, *images),
-        lambda: onednn.pack_convolution(
-            onednn.adjoint(folded(weight, row, column)), _ONE, _PADDING, _ONE, shape
+    return packing.packs_of(weight).kept(
+        ("upsampled input gradient", row, column),
+        tuple(shape),
+        lambda: onednn.pack_transposed_convolution(
+            folded(weight, row, column), _ONE, _NONE, _NONE, _ONE, shape
         ),
     )
