@@ -23,8 +23,20 @@ def test_a_gpu_is_taken_if_there_is_one(monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["float32", "bfloat16", "float16", "float64"])
+@pytest.mark.filterwarnings("ignore:This CPU has no bfloat16")
 def test_what_is_named_is_taken(name):
     assert resolve_dtype(name, CPU) == getattr(torch, name)
+
+
+@pytest.mark.filterwarnings("error")
+def test_bfloat16_is_warned_of_where_the_cpu_has_no_instructions_for_it(monkeypatch):
+    monkeypatch.setattr(precision, "cpu_has_fast_bf16", lambda: False)
+    resolve_dtype("bfloat16", GPU)
+    resolve_dtype("float32", CPU)
+    with pytest.raises(UserWarning, match="several times as long as in float32"):
+        resolve_dtype("bfloat16", CPU)
+    monkeypatch.setattr(precision, "cpu_has_fast_bf16", lambda: True)
+    resolve_dtype("bfloat16", CPU)
 
 
 def test_bfloat16_is_taken_where_it_is_fast_and_float16_never(monkeypatch):
