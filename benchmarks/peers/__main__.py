@@ -70,12 +70,19 @@ def main() -> int:
         return Worker(pythons[competitor], competitor, args.threads)
 
     output = args.output or RESULTS / f"peers_{'gpu' if device == 'cuda' else 'cpu'}.json"
+    raced = {key: args.dtypes or _dtypes(WORKLOADS[key], device) for key in keys}
     with start("loop") as worker:
-        peaks = worker.ask("gemm")["rates"]
-    print("GEMM peak: " + ", ".join(f"{k} {v / 1e9:.0f} GFLOP/s" for k, v in peaks.items()))
+        peaks = worker.ask("gemm", dtypes=sorted({d for own in raced.values() for d in own}))[
+            "rates"
+        ]
+    rates = ", ".join(f"{dtype} {rate / 1e9:.0f} GFLOP/s" for dtype, rate in peaks.items())
+    print(f"GEMM peak: {rates}", flush=True)
     complete = True
     for key in keys:
         workload = WORKLOADS[key]
+        if not raced[key]:
+            print(f"{workload.title}: left out, this CPU has no bfloat16 instructions", flush=True)
+            continue
         job = {**assets.make(workload, args.cache), "device": device}
         operations = flops.count(workload, job["folder"])
         own = [n for n in names if workload.model != "sdxl" or n not in NOT_SDXL]
@@ -85,7 +92,7 @@ def main() -> int:
             print(f"{workload.title}: no reference: {error}", file=sys.stderr)
             complete = False
             continue
-        for dtype in args.dtypes or workload.dtypes:
+        for dtype in raced[key]:
             rows = _race(args, key, {**job, "dtype": dtype}, own, reference, start, device)
             for row in rows:
                 row |= {"flop": operations, "gemm_peak": peaks[dtype], "threads": args.threads}
@@ -135,6 +142,15 @@ def _race(
         pool.close()
     common = {"workload": key, "title": workload.title, "dtype": dtype, "device": device}
     return [{**common, **entry.to_dict()} for entry in entries]
+
+
+def _dtypes(workload: Workload, device: str) -> tuple[str, ...]:
+    """What is raced unless somebody asks: no bfloat16 on a CPU that takes hours for it."""
+    from rewardprop_fast.training.precision import cpu_has_fast_bf16
+
+    if device == "cuda" or cpu_has_fast_bf16():
+        return workload.dtypes
+    return tuple(dtype for dtype in workload.dtypes if dtype != "bfloat16")
 
 
 def _device() -> str:

@@ -102,15 +102,16 @@ class Child:
             self.competitor.step()
         return {"tracked_peak": tracker.peak_bytes}
 
-    def gemm(self, size: int = 2048) -> dict[str, Any]:
+    def gemm(self, dtypes: list[str], size: int = 2048) -> dict[str, Any]:
         """The best rate of a large product, FLOP/s by dtype."""
         import torch
 
         device = "cuda" if torch.cuda.is_available() else "cpu"
         size = 8192 if device == "cuda" else size
         rates = {}
-        for dtype in (torch.bfloat16, torch.float32):
-            a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+        for dtype in dtypes:
+            of = {"device": device, "dtype": getattr(torch, dtype)}
+            a, b = (torch.randn(size, size).to(**of) for _ in range(2))
             best = float("inf")
             for _ in range(6):
                 started = time.perf_counter()
@@ -118,7 +119,7 @@ class Child:
                 if device == "cuda":
                     torch.cuda.synchronize()
                 best = min(best, time.perf_counter() - started)
-            rates[str(dtype).removeprefix("torch.")] = 2 * size**3 / best
+            rates[dtype] = 2 * size**3 / best
         return {"rates": rates}
 
     def _wait(self) -> None:

@@ -99,14 +99,14 @@ void backward(void (*loop)(const AttentionBackward<T>&, const AttentionPart&, fl
 
 std::int64_t attention_scratch(std::int64_t keys, std::int64_t width) {
     const std::int64_t step = round_up(width, kPad);
-    return width * round_up(keys, kPad) + keys * step + 2 * kQueryTile * step +
-           kQueryTile * key_tile(width);
+    return width * round_up(keys, kPad) + round_up(keys, 2) * step + 2 * kQueryTile * step +
+           2 * kQueryTile * key_tile(width);
 }
 
 std::int64_t attention_backward_scratch(std::int64_t queries, std::int64_t width) {
     const std::int64_t step = round_up(width, kPad), tile = key_tile(width);
     return round_up(queries, kQueryTile) * (3 * step + 2) + 2 * width * tile + 3 * tile * step +
-           2 * kQueryTile * tile;
+           4 * kQueryTile * tile;
 }
 
 void run(const Attention<float>& op, std::int64_t batch) {

@@ -1,12 +1,13 @@
 // The loops of attention, compiled once per instruction set with REWARDPROP_ISA naming it (scalar,
-// avx2, avx512). Everything is computed in float32, whatever the tensors hold: bfloat16 is widened
-// while it is packed, and rounded once at the end.
+// avx2, avx512, avx512_bf16). Softmax and all sums are float32, whatever the tensors hold. Products
+// of bfloat16 are float32's, it being widened while it is packed, or, where the processor has an
+// instruction for them, bfloat16's own, for which weights and their gradients are rounded to it.
 //
 // FlashAttention-2 (arXiv 2307.08691), algorithms 1 and 2, with the tiles of a CPU's caches:
 // products run on packed copies whose rows are whole vectors, so they have no edges.
 #include "../math/normal.h"
 #include "attention.h"
-#include "attention_products.h"
+#include "attention_packing.h"
 
 namespace rewardprop::cpu::REWARDPROP_ISA {
 
@@ -31,38 +32,21 @@ T* row_of(const Rows<T>& rows, std::int64_t heads, std::int64_t head, std::int64
            row * rows.row_stride;
 }
 
-// (count, width) to float32 rows that are `step` apart, zeros after the width and up to `rows`.
-template <typename T>
-void pack(const T* __restrict from, std::int64_t row_stride, std::int64_t count, std::int64_t rows,
-          std::int64_t width, float* __restrict to, std::int64_t step) {
-    for (std::int64_t i = 0; i < count; ++i) {
-        for (std::int64_t d = 0; d < width; ++d)
-            to[i * step + d] = math::to_float(from[i * row_stride + d]);
-        for (std::int64_t d = width; d < step; ++d) to[i * step + d] = 0.0f;
-    }
-    for (std::int64_t i = count * step; i < rows * step; ++i) to[i] = 0.0f;
-}
-
-// (count, width) to its transpose: width rows that are `step` apart, zeros after the count.
-template <typename T>
-void pack_turned(const T* __restrict from, std::int64_t row_stride, std::int64_t count,
-                 std::int64_t width, float* __restrict to, std::int64_t step) {
-    std::int64_t first = 0;
-    for (; first + kPad <= count; first += kPad) {
-        for (std::int64_t d = 0; d < width; ++d) {
-            for (std::int64_t i = 0; i < kPad; ++i)
-                to[d * step + first + i] = math::to_float(from[(first + i) * row_stride + d]);
-        }
-    }
-    for (std::int64_t d = 0; d < width && first < step; ++d) {
-        for (std::int64_t i = first; i < step; ++i)
-            to[d * step + i] = i < count ? math::to_float(from[i * row_stride + d]) : 0.0f;
-    }
-}
-
 template <typename T>
 void unpack(const float* __restrict from, float factor, T* __restrict to, std::int64_t width) {
     for (std::int64_t d = 0; d < width; ++d) math::store(factor * from[d], to + d);
+}
+
+// How many items hold so many numbers.
+template <typename P>
+constexpr std::int64_t items(std::int64_t count) {
+    return (count + P::kEach - 1) / P::kEach;
+}
+
+// Where a product's results lie as an operand: where they are, or at `elsewhere`.
+template <typename P>
+typename P::Item* operand(float* results, float* elsewhere) {
+    return reinterpret_cast<typename P::Item*>(P::kInPlace ? results : elsewhere);
 }
 
 // 2^x for x <= 0; a NaN stays one.
@@ -100,52 +84,56 @@ float above(float maximum) { return maximum == -infinity() ? 0.0f : maximum; }
 
 template <typename T>
 void forward(const Attention<T>& op, const AttentionPart& part, float* scratch) {
+    using P = typename PackingOf<T>::Type;
+    using Item = typename P::Item;
     const std::int64_t width = op.width, step = round_up(width, kPad), tile = key_tile(width);
-    const std::int64_t columns = round_up(width, kLanes);
+    const std::int64_t columns = round_up(width, kLanes), depth = items<P>(width);
     const float factor = op.scale * kLog2E;
-    float* keys_turned = scratch;  // tile after tile: (width, keys of the tile)
-    float* values = keys_turned + width * round_up(op.keys, kPad);
-    float* queries = values + op.keys * step;
-    float* sums = queries + kQueryTile * step;
+    Item* keys_turned = reinterpret_cast<Item*>(scratch);  // of one tile after another
+    Item* values = keys_turned + depth * round_up(op.keys, kPad);
+    Item* queries = values + items<P>(op.keys) * step;
+    float* sums = reinterpret_cast<float*>(queries + kQueryTile * items<P>(step));
     float* scores = sums + kQueryTile * step;
+    Item* weights = operand<P>(scores, scores + kQueryTile * tile);
     for (std::int64_t key = 0; key < op.keys; key += tile) {
         const std::int64_t count = op.keys - key < tile ? op.keys - key : tile;
-        pack_turned(row_of(op.k, op.heads, part.head, key), op.k.row_stride, count, width,
-                    keys_turned + width * key, round_up(count, kPad));
+        P::turned(row_of(op.k, op.heads, part.head, key), op.k.row_stride, count, width,
+                  keys_turned + depth * key, round_up(count, kPad));
     }
-    pack(row_of(op.v, op.heads, part.head, 0), op.v.row_stride, op.keys, op.keys, width, values,
-         step);
+    P::stacked(row_of(op.v, op.heads, part.head, 0), op.v.row_stride, op.keys, op.keys, width,
+               values, step);
     for (std::int64_t first = part.first_query; first < part.last_query; first += kQueryTile) {
         const std::int64_t left = part.last_query - first;
         const std::int64_t count = left < kQueryTile ? left : kQueryTile;
         const std::int64_t rows = round_up(count, kRows);
-        pack(row_of(op.q, op.heads, part.head, first), op.q.row_stride, count, rows, width, queries,
-             step);
+        P::rows(row_of(op.q, op.heads, part.head, first), op.q.row_stride, count, rows, width,
+                queries, items<P>(step));
         float maximum[kQueryTile], total[kQueryTile];
         for (std::int64_t key = 0; key < op.keys; key += tile) {
             const std::int64_t key_count = op.keys - key < tile ? op.keys - key : tile;
             const std::int64_t padded = round_up(key_count, kPad);
-            product<false>(queries, step, keys_turned + width * key, padded, scores, padded, rows,
-                           padded, width, false);
+            product<P, false>(queries, items<P>(step), keys_turned + depth * key, padded, scores,
+                              padded, rows, padded, depth, false);
             for (std::int64_t i = 0; i < rows; ++i) {
                 float* row = scores + i * padded;
                 const float highest = scale_row(row, key_count, padded, factor);
                 if (key == 0) {
                     maximum[i] = highest;
                     total[i] = weigh_row(row, padded, above(highest));
-                    continue;
+                } else {
+                    const float before = maximum[i];
+                    if (highest > before) {
+                        const float shrink = power(before - above(highest));
+                        maximum[i] = highest;
+                        total[i] *= shrink;
+                        for (std::int64_t d = 0; d < columns; ++d) sums[i * step + d] *= shrink;
+                    }
+                    total[i] += weigh_row(row, padded, above(maximum[i]));
                 }
-                const float before = maximum[i];
-                if (highest > before) {
-                    const float shrink = power(before - above(highest));
-                    maximum[i] = highest;
-                    total[i] *= shrink;
-                    for (std::int64_t d = 0; d < columns; ++d) sums[i * step + d] *= shrink;
-                }
-                total[i] += weigh_row(row, padded, above(maximum[i]));
+                if constexpr (!P::kInPlace) P::round(row, padded, weights + i * items<P>(padded));
             }
-            product<false>(scores, padded, values + key * step, step, sums, step, rows, columns,
-                           key_count, key > 0);
+            product<P, false>(weights, items<P>(padded), values + items<P>(key) * step, step, sums,
+                              step, rows, columns, items<P>(key_count), key > 0);
         }
         for (std::int64_t i = 0; i < count; ++i) {
             unpack(sums + i * step, 1.0f / total[i], row_of(op.out, op.heads, part.head, first + i),
@@ -186,28 +174,42 @@ void weigh_row_backward(float* __restrict scores, float* __restrict dscores, std
 
 template <typename T>
 void backward(const AttentionBackward<T>& op, const AttentionPart& part, float* scratch) {
+    using P = typename PackingOf<T>::Type;
+    using Item = typename P::Item;
     const std::int64_t width = op.width, step = round_up(width, kPad), tile = key_tile(width);
-    const std::int64_t columns = round_up(width, kLanes);
+    const std::int64_t columns = round_up(width, kLanes), depth = items<P>(width);
+    const std::int64_t row_step = items<P>(step);
     const float factor = op.scale * kLog2E;
     const std::int64_t count = part.last_query - part.first_query;
     const std::int64_t query_rows = round_up(count, kQueryTile);
-    float* queries = scratch;
-    float* grads = queries + query_rows * step;
-    float* dqueries = grads + query_rows * step;
+    // Left operands, and right ones, which are the same or take the rest of the same memory.
+    Item* queries = reinterpret_cast<Item*>(scratch);
+    Item* grads = queries + query_rows * row_step;
+    Item* right_queries = P::kStackedAreRows ? queries : grads + query_rows * row_step;
+    Item* right_grads = right_queries + items<P>(query_rows) * step;
+    float* dqueries = scratch + 2 * query_rows * step;
     float* lse2 = dqueries + query_rows * step;
     float* delta = lse2 + query_rows;
-    float* keys_turned = delta + query_rows;
-    float* values_turned = keys_turned + width * tile;
-    float* keys = values_turned + width * tile;
-    float* dkeys = keys + tile * step;
+    Item* keys_turned = reinterpret_cast<Item*>(delta + query_rows);
+    Item* values_turned = keys_turned + depth * tile;
+    Item* keys = values_turned + depth * tile;
+    float* dkeys = reinterpret_cast<float*>(keys + items<P>(tile) * step);
     float* dvalues = dkeys + tile * step;
     float* scores = dvalues + tile * step;
     float* dscores = scores + kQueryTile * tile;
+    float* rounded = dscores + kQueryTile * tile;
+    Item* weights_turned = operand<P>(scores, rounded);
+    Item* dscores_turned = operand<P>(dscores, rounded + kQueryTile / 2 * tile);
+    Item* dscores_rows = operand<P>(dscores, rounded + kQueryTile * tile);
 
-    pack(row_of(op.q, op.heads, part.head, part.first_query), op.q.row_stride, count, query_rows,
-         width, queries, step);
-    pack(row_of(op.grad, op.heads, part.head, part.first_query), op.grad.row_stride, count,
-         query_rows, width, grads, step);
+    const T* q_rows = row_of(op.q, op.heads, part.head, part.first_query);
+    const T* grad_rows = row_of(op.grad, op.heads, part.head, part.first_query);
+    P::rows(q_rows, op.q.row_stride, count, query_rows, width, queries, row_step);
+    P::rows(grad_rows, op.grad.row_stride, count, query_rows, width, grads, row_step);
+    if constexpr (!P::kStackedAreRows) {
+        P::stacked(q_rows, op.q.row_stride, count, query_rows, width, right_queries, step);
+        P::stacked(grad_rows, op.grad.row_stride, count, query_rows, width, right_grads, step);
+    }
     for (std::int64_t i = 0; i < query_rows; ++i) {
         // A query that is not there weighs 2^-inf = 0.
         const std::int64_t query = part.first_query + i;
@@ -221,45 +223,51 @@ void backward(const AttentionBackward<T>& op, const AttentionPart& part, float* 
         const std::int64_t left = part.last_key - key;
         const std::int64_t key_count = left < tile ? left : tile;
         const std::int64_t padded = round_up(key_count, kPad);
-        pack_turned(row_of(op.k, op.heads, part.head, key), op.k.row_stride, key_count, width,
-                    keys_turned, padded);
+        P::turned(row_of(op.k, op.heads, part.head, key), op.k.row_stride, key_count, width,
+                  keys_turned, padded);
         if (part.dq || part.dk) {
-            pack_turned(row_of(op.v, op.heads, part.head, key), op.v.row_stride, key_count, width,
-                        values_turned, padded);
+            P::turned(row_of(op.v, op.heads, part.head, key), op.v.row_stride, key_count, width,
+                      values_turned, padded);
         }
         if (part.dq) {
-            pack(row_of(op.k, op.heads, part.head, key), op.k.row_stride, key_count, key_count,
-                 width, keys, step);
+            P::stacked(row_of(op.k, op.heads, part.head, key), op.k.row_stride, key_count,
+                       key_count, width, keys, step);
         }
         for (std::int64_t i = 0; count == 0 && i < key_count * step; ++i)
             dkeys[i] = dvalues[i] = 0.0f;
         for (std::int64_t first = 0; first < count; first += kQueryTile) {
             const std::int64_t rest = count - first;
             const std::int64_t rows = round_up(rest < kQueryTile ? rest : kQueryTile, kRows);
-            const float* q = queries + first * step;
-            const float* grad = grads + first * step;
-            product<false>(q, step, keys_turned, padded, scores, padded, rows, padded, width,
-                           false);
+            product<P, false>(queries + first * row_step, row_step, keys_turned, padded, scores,
+                              padded, rows, padded, depth, false);
             if (part.dq || part.dk) {
-                product<false>(grad, step, values_turned, padded, dscores, padded, rows, padded,
-                               width, false);
+                product<P, false>(grads + first * row_step, row_step, values_turned, padded,
+                                  dscores, padded, rows, padded, depth, false);
             }
             for (std::int64_t i = 0; i < rows; ++i) {
-                weigh_row_backward(scores + i * padded, dscores + i * padded, padded, factor,
-                                   lse2[first + i], delta[first + i]);
+                float* row = scores + i * padded;
+                float* drow = dscores + i * padded;
+                weigh_row_backward(row, drow, padded, factor, lse2[first + i], delta[first + i]);
+                if constexpr (!P::kInPlace) {
+                    P::round(drow, padded, dscores_rows + i * items<P>(padded));
+                    if (i % 2 == 0) continue;
+                    P::round(row - padded, row, padded, weights_turned + i / 2 * padded);
+                    P::round(drow - padded, drow, padded, dscores_turned + i / 2 * padded);
+                }
             }
             const std::int64_t key_rows = round_up(key_count, kRows);
             if (part.dv) {
-                product<true>(scores, padded, grad, step, dvalues, step, key_rows, columns, rows,
-                              first > 0);
+                product<P, true>(weights_turned, padded, right_grads + items<P>(first) * step, step,
+                                 dvalues, step, key_rows, columns, items<P>(rows), first > 0);
             }
             if (part.dk) {
-                product<true>(dscores, padded, q, step, dkeys, step, key_rows, columns, rows,
-                              first > 0);
+                product<P, true>(dscores_turned, padded, right_queries + items<P>(first) * step,
+                                 step, dkeys, step, key_rows, columns, items<P>(rows), first > 0);
             }
             if (part.dq) {
-                product<false>(dscores, padded, keys, step, dqueries + first * step, step, rows,
-                               columns, key_count, key > part.first_key);
+                product<P, false>(dscores_rows, items<P>(padded), keys, step,
+                                  dqueries + first * step, step, rows, columns, items<P>(key_count),
+                                  key > part.first_key);
             }
         }
         for (std::int64_t i = 0; i < key_count; ++i) {

@@ -34,8 +34,21 @@ def flags_of_the_build(file: str, isa: str) -> list[str]:
     flags = [*everywhere[1].split(), "-O3", "-std=c++17"]
     if file == "attention_loops.cpp":
         flags.append("-ffp-contract=fast")
+    return flags + flags_of_the_set(isa, text)
+
+
+def flags_of_the_set(isa: str, text: str) -> list[str]:
     named = re.search(rf"set\({isa}_flags (.*?)\)", text)
-    return flags + (named[1].split() if named else [])
+    if named is None:
+        return []
+    words = named[1].split()
+    return [
+        flag
+        for word in words
+        for flag in (
+            flags_of_the_set(word[2 : -len("_flags}")], text) if word.startswith("${") else [word]
+        )
+    ]
 
 
 @pytest.mark.parametrize("isa", ["scalar", "avx2"])
@@ -59,3 +72,21 @@ def test_loops_are_vectorised(file: str, isa: str, tmp_path: Path) -> None:
         # GCC names the line of the loop's head: its body's, or one or two above it.
         found = [line for line in vectorised if 0 <= numbers[0] - line <= 3]
         assert len(found) >= least, f"{body} is scalar code\n{done.stderr}"
+
+
+def test_bfloat16_attention_is_made_of_the_instruction_for_it(tmp_path: Path) -> None:
+    """A whole tile of sums in registers: 24 products in a row, nothing stored between them."""
+    gcc = shutil.which(COMPILER)
+    if gcc is None or "Free Software Foundation" not in subprocess.getoutput(f"{gcc} --version"):
+        pytest.skip("GCC's own output is read")
+    flags = flags_of_the_build("attention_loops.cpp", "avx512_bf16")
+    source = ROOT / "csrc" / "cpu" / "attention_loops.cpp"
+    command = [gcc, *flags, "-DREWARDPROP_ISA=avx512_bf16", "-S", str(source)]
+    subprocess.run([*command, "-o", str(tmp_path / "out.s")], check=True, timeout=300)
+    assembly = (tmp_path / "out.s").read_text(encoding="utf-8")
+    loops = re.split(r"^\.L\d+:$", assembly, flags=re.M)
+    tiles = [loop for loop in loops if loop.count("vdpbf16ps") == 24]
+    assert tiles
+    for tile in tiles:
+        between = tile[tile.index("vdpbf16ps") : tile.rindex("vdpbf16ps")]
+        assert not re.search(r"(rsp|rbp)", between), tile

@@ -1,6 +1,7 @@
 """Attention in the compiled module (csrc/cpu/attention_loops.cpp): CPU, a tile of scores at a time.
 
-It computes in float32 whatever the tensors hold, and in the same order on any number of threads.
+Softmax and sums are float32; products of bfloat16 are too, or, where the processor has AVX512-BF16,
+its own of bfloat16 pairs. Sums have the same order on any number of threads.
 """
 
 from __future__ import annotations
@@ -12,8 +13,9 @@ from rewardprop_fast.ops import native
 from rewardprop_fast.ops.attention.reference import Needed, gradients_like, token_major
 
 _DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
-#: Measured on one thread with AVX512-BF16: forward and backward of PyTorch's kernel take 0.8 of the
-#: time here at width 512, 0.91 at 320, 0.98 at 256, but 1.03 and more at 160 and below.
+#: Measured on one thread with AVX512-BF16, before products ran on pairs: forward and backward of
+#: PyTorch's kernel take 0.8 of the time here at width 512, 0.91 at 320, 0.98 at 256, but 1.03 and
+#: more at 160 and below.
 _MAX_BFLOAT16_WIDTH = 256
 
 
