@@ -77,6 +77,10 @@ class Method(ABC):
         """What is wrong with DDIM's eta for this method; empty if nothing is."""
         return []
 
+    def refuses_batches(self, batches: int) -> list[str]:
+        """What is wrong with so many batches a training step; empty if nothing is."""
+        return []
+
     def kl_weight(self) -> float:
         """Weight of the distance to the base model's predictions that belongs to the method."""
         return 0.0

@@ -30,7 +30,9 @@ class DDPO(Method):
 
     Attributes:
         clip_range: c.
-        inner_epochs: updates of the weights from the same samples.
+        inner_epochs: passes over the same samples.
+        minibatches: updates of the weights in a pass, each from its share of the batches, in the
+            order in which they were drawn (the authors' code shuffles them).
         advantage_clip: A is kept within +- this.
         history: rewards remembered for each prompt.
         least_history: rewards a prompt must have for its own mean and deviation to count.
@@ -41,6 +43,7 @@ class DDPO(Method):
 
     clip_range: float = 1e-4
     inner_epochs: int = 1
+    minibatches: int = 1
     advantage_clip: float = 10.0
     history: int = 16
     least_history: int = 16
@@ -50,8 +53,9 @@ class DDPO(Method):
         for name in ("clip_range", "advantage_clip"):
             if not getattr(self, name) > 0:
                 problems.append(f"{name} is {getattr(self, name)}; allowed: above 0.")
-        if self.inner_epochs < 1:
-            problems.append(f"inner_epochs is {self.inner_epochs}; allowed: a whole number from 1.")
+        for name in ("inner_epochs", "minibatches"):
+            if getattr(self, name) < 1:
+                problems.append(f"{name} is {getattr(self, name)}; allowed: a whole number from 1.")
         if not 2 <= self.least_history <= self.history:
             problems.append(
                 f"history is {self.history} and least_history {self.least_history}; allowed: "
@@ -65,6 +69,14 @@ class DDPO(Method):
         return [
             "got 0.0 with method ddpo, whose actions are the noise of the steps; allowed: above 0. "
             "The paper has 1."
+        ]
+
+    def refuses_batches(self, batches: int) -> list[str]:
+        if self.minibatches < 1 or batches % self.minibatches == 0:
+            return []
+        return [
+            f"got {batches} with method ddpo in {self.minibatches} minibatches; allowed: a "
+            "multiple of that."
         ]
 
     def rollout(self, sampler: Sampler, latents: Tensor, draws: Draws) -> Rollout:

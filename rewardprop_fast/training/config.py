@@ -271,6 +271,10 @@ def _eta_fits(train: TrainConfig) -> Iterable[str]:
     return train.method.refuses_eta(train.sampling.eta)
 
 
+def _batches_fit(train: TrainConfig) -> Iterable[str]:
+    return train.method.refuses_batches(train.accumulation_steps)
+
+
 def _one_kl(train: TrainConfig) -> Iterable[str]:
     if train.regularisation.kl_coeff and train.method.kl_weight():
         yield f"given beside {train.method.name}, which has a kl_coeff of its own; use that one."
@@ -401,6 +405,7 @@ class TrainConfig(Settings):
     RULES: ClassVar[tuple[Rule, ...]] = (
         Rule("method", ("method", "sampling.steps"), _method_fits),
         Rule("sampling.eta", ("method", "sampling.eta"), _eta_fits),
+        Rule("accumulation_steps", ("method", "accumulation_steps"), _batches_fit),
         Rule(
             "optimizer.warmup_steps",
             ("optimizer.schedule", "optimizer.warmup_steps", "steps"),

@@ -329,11 +329,13 @@ class RewardPropTrainer:
             prompts = [prompt for one in sampled for prompt in one.result.prompts]
             rewards = torch.cat([one.result.rewards for one in sampled])
             parts = policy.history.advantages(prompts, rewards).split(self.config.batch_size)
-            norm, rate = 0.0, 0.0
-            for _ in range(policy.method.inner_epochs):
-                pairs = zip(sampled, parts, strict=True)
-                sampled = [policy.backward(one, part, weight) for one, part in pairs]
-                norm = max(norm, self._gradient_norm([one.result for one in sampled]))
+            norm, rate, updates = 0.0, 0.0, policy.method.minibatches
+            size = len(sampled) // updates
+            for first in [*range(0, len(sampled), size)] * policy.method.inner_epochs:
+                few = slice(first, first + size)
+                pairs = zip(sampled[few], parts[few], strict=True)
+                sampled[few] = [policy.backward(one, part, updates * weight) for one, part in pairs]
+                norm = max(norm, self._gradient_norm([one.result for one in sampled[few]]))
                 rate = self.optimizer.update(self.step)
         except BaseException:
             if self.memory is not None:

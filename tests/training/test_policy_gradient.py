@@ -163,6 +163,33 @@ def test_a_resumed_run_is_the_same_run(make_trainer, tmp_path):
     assert {int(v) for k, v in steps.items() if k.startswith("step/")} == {8}
 
 
+def test_minibatches_are_updates_of_their_own(make_trainer):
+    """Two passes in two minibatches, against the same four updates by hand."""
+    method = DDPO(inner_epochs=2, minibatches=2, clip_range=1e-2, history=4, least_history=2)
+    optimizer = OptimizerConfig(learning_rate=0.01, max_grad_norm=None)
+    settings = {**RUN, "method": method, "optimizer": optimizer}
+    one, other = make_trainer(**settings), make_trainer(**settings)
+    row = one.update()
+    batches = [other._drawn(batch) for batch in range(2)]
+    sampled = [other.policy.sample(p, f, other._latents(d), d) for p, f, d in batches]
+    rewards = torch.cat([each.result.rewards for each in sampled])
+    texts = [prompt for prompts, _, _ in batches for prompt in prompts]
+    advantages = other.policy.history.advantages(texts, rewards).split(2)
+    norms = []
+    for batch in (0, 1, 0, 1):
+        other.policy.backward(sampled[batch], advantages[batch])
+        norms.append(float(other.optimizer.gradient_norm()))
+        other.optimizer.update(0)
+    for name, parameter in other.parameters.items():
+        assert torch.equal(one.parameters[name], parameter), name
+    assert row["grad_norm"] == max(norms)
+
+
+def test_minibatches_are_whole_batches(make_trainer):
+    with pytest.raises(ConfigError, match=r"accumulation_steps: got 2 .* in 3 minibatches"):
+        make_trainer(**{**RUN, "method": DDPO(minibatches=3)})
+
+
 def test_a_reward_without_gradient_is_for_ddpo_alone(make_trainer):
     assert make_trainer(reward=png_size, method=DDPO(), sampling={"eta": 1.0}).policy is not None
     with pytest.raises(RewardError, match="DDPO"):
@@ -194,6 +221,7 @@ def test_a_budget_that_is_kept(make_trainer):
     [
         (DDPO(clip_range=0.0), "clip_range is 0.0"),
         (DDPO(inner_epochs=0), "inner_epochs is 0"),
+        (DDPO(minibatches=0), "minibatches is 0"),
         (DDPO(advantage_clip=0.0), "advantage_clip is 0.0"),
         (DDPO(history=4), "history is 4 and least_history 16"),
         (DDPO(least_history=1), "least_history 1"),
