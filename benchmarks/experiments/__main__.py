@@ -3,9 +3,12 @@
     python -m benchmarks.experiments truncation            (a) K steps with gradients
     python -m benchmarks.experiments time_to_reward        against TRL's trainer
     python -m benchmarks.experiments variance              (b) DRaFT-LV's gradient by n
+    python -m benchmarks.experiments collapse              (c) random K against fixed, long runs
     python -m benchmarks.experiments methods               (d) all methods
     python -m benchmarks.experiments generalisation        (e) prompts never trained on
     python -m benchmarks.experiments overoptimisation      (f) too far on purpose
+    python -m benchmarks.experiments ranks                 (g) the LoRA's rank
+    python -m benchmarks.experiments mixing                (g) strength, mixing of two rewards
     python -m benchmarks.experiments plot                  every figure again, from the CSVs
     python -m benchmarks.experiments tables                the same in numbers
     python -m benchmarks.experiments truncation --quick    a tiny model, to see that it runs
@@ -17,13 +20,17 @@ again goes on with those that are missing. What the figures say: docs/experiment
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import sys
 from pathlib import Path
 
 from benchmarks.experiments import (
+    collapse,
     generalisation,
     methods,
+    mixing,
     overoptimisation,
+    ranks,
     tables,
     time_to_reward,
     truncation,
@@ -37,9 +44,12 @@ EXPERIMENTS = {
     "truncation": truncation,
     "time_to_reward": time_to_reward,
     "variance": variance,
+    "collapse": collapse,
     "methods": methods,
     "generalisation": generalisation,
     "overoptimisation": overoptimisation,
+    "ranks": ranks,
+    "mixing": mixing,
 }
 
 
@@ -54,6 +64,7 @@ def main() -> int:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--size", choices=SIZES, default="small",
                         help="small is what docs/experiments.md shows")  # fmt: skip
+    parser.add_argument("--dtype", choices=("bfloat16", "float32"), help="default: the size's")
     parser.add_argument("--quick", action="store_true", help="a tiny model, to see that it runs")
     parser.add_argument("--results", type=Path, help="folder of the CSVs")
     parser.add_argument("--figures", type=Path, help="folder of the figures")
@@ -67,8 +78,11 @@ def main() -> int:
     elsewhere = size != "small"
     results = build / size if elsewhere else ROOT / "benchmarks" / "results" / "experiments"
     figures = build / size if elsewhere else ROOT / "docs" / "experiments"
+    sizes = SIZES[size]
+    if args.dtype:
+        sizes = dataclasses.replace(sizes, dtype=args.dtype)
     context = Context(
-        SIZES[size],
+        sizes,
         range(args.seeds),
         args.results or results,
         args.work or build / "adapters",

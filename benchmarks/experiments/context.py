@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -80,6 +81,12 @@ class Context:
     def short(self, variant: str, seed: int) -> Run:
         """A short run at the learning rate that the search chose."""
         return plan(variant, self.rate(variant), seed, self.size)
+
+    def brief(self, variant: str, seed: int, **changes: Any) -> Run:
+        """A run at the highest rate that stops before pictures break: of (e) and (g)."""
+        size = self.size
+        rate, updates = max(size.rates), size.brief
+        return plan(variant, rate, seed, size, updates=updates, every=updates, **changes)
 
     def adapter(self, run: Run) -> dict[str, Tensor]:
         return adapter(run, self.size, self.judge, self.work)

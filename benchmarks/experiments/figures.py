@@ -14,12 +14,14 @@ LABELS = {
     "reward": "reward trained on",
     "heldout": "held-out reward",
     "alignment": "held-out alignment",
+    "recognised": "share recognised",
     "diversity": "diversity",
     "samples": "images drawn",
     "step": "updates",
     "cpu_seconds": "seconds of one core",
     "grad_norm": "gradient norm",
     "drift": "drift",
+    "rank": "rank",
 }
 COLOURS = {name: f"C{i % 10}" for i, name in enumerate(TITLES)} | {
     "trl-last": "0.5",
@@ -41,8 +43,17 @@ def pyplot() -> Any:
 
 
 def save(figure: Any, path: Path) -> None:
+    """Write a figure as SVG; the same rows give the same bytes.
+
+    The layout's solver goes through its unknowns by their addresses, so that its last digits differ
+    from time to time: it is asked once, and its answer rounded.
+    """
     for axis in figure.axes:
         axis.spines[["top", "right"]].set_visible(False)
+    figure.draw_without_rendering()
+    figure.set_layout_engine("none")
+    for axis in figure.axes:
+        axis.set_position([round(float(edge), 3) for edge in axis.get_position().bounds])
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, metadata={"Date": None})
     pyplot().close(figure)

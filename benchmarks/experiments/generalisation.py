@@ -1,4 +1,4 @@
-"""(e) What short runs are worth on prompts that no run trained on; no training of its own."""
+"""(e) What brief runs are worth on prompts and backgrounds that no run trained on."""
 
 from __future__ import annotations
 
@@ -17,11 +17,10 @@ KNOWN = (
     "a panda", "a fox", "a mushroom", "a house", "a dog", "a bear", "a cat", "a cow", "a frog",
     "a bee", "a snail", "a turtle", "a crab", "a cactus", "a pizza", "a car",
 )  # fmt: skip
+GAUGES = ("reward", "heldout", "alignment", "recognised")
 NEW = ("white", "grey", "black", "dark blue", "dark green", "purple", "teal", "sky blue")
 SEEN = ("pale blue", "pale pink", "pale yellow", "pale green", "lavender", "peach")
-VARIANTS = (
-    "draft-1", "draft-2", "draft-5", "draft-T", "draft-lv", "alignprop", "refl", "drtune", "srpo",
-)  # fmt: skip
+VARIANTS = ("draft-1",)
 
 
 def prompt_sets(images: int) -> dict[str, list[str]]:
@@ -48,9 +47,8 @@ def run(context: Context) -> None:
         for variant in ("base", *VARIANTS):
             state, settings = None, "base"
             if variant != "base":
-                one = context.short(variant, seed)
-                if not context.found("runs", one):
-                    continue  # (a) and (d) have not trained it
+                one = context.brief(variant, seed)
+                context.do("brief", one)
                 state, settings = context.adapter(one), one.fingerprint
             key = {"variant": variant, "seed": seed, "settings": settings}
             if store.find(**key):
@@ -69,9 +67,9 @@ def plot(context: Context, folder: Path) -> None:
         return
     plt = figures.pyplot()
     names = [name for name in ("base", *VARIANTS) if any(r["variant"] == name for r in rows)]
-    figure, axes = plt.subplots(1, 3, figsize=(9.5, 3.2), layout="constrained", sharey=True)
+    figure, axes = plt.subplots(1, 4, figsize=(10, 2.6), layout="constrained", sharey=True)
     groups = figures.by(rows, "prompts")
-    for axis, gauge in zip(axes, ("reward", "heldout", "alignment"), strict=True):
+    for axis, gauge in zip(axes, GAUGES, strict=True):
         for j, (label, group) in enumerate(groups.items()):
             for i, name in enumerate(names):
                 numbers = [float(row[gauge]) for row in group if row["variant"] == name]
@@ -83,5 +81,5 @@ def plot(context: Context, folder: Path) -> None:
         axis.set_xlabel(figures.LABELS[gauge])
     axes[0].set_yticks(range(len(names)), [figures.TITLES.get(n, "base model") for n in names])
     axes[0].invert_yaxis()
-    axes[2].legend(loc="lower left", framealpha=0.9)
+    axes[3].legend(loc="lower left", framealpha=0.9)
     figures.save(figure, folder / "generalisation.svg")

@@ -15,6 +15,8 @@ from rewardprop_fast import lora, randomness
 from rewardprop_fast.models import random_init
 from rewardprop_fast.randomness import Draws, Stream
 from rewardprop_fast.rewards import Reward, build, evaluate
+from rewardprop_fast.rewards.alignment import AlignmentReward
+from rewardprop_fast.rewards.scorer import to_input, tokenize
 from rewardprop_fast.training.gauges import diversity
 from rewardprop_fast.training.prompts import load_prompts
 
@@ -48,19 +50,21 @@ class Judge:
 
     Gauges: `reward`, what was trained on; `heldout`, the same question to a classifier of other
     data; `alignment`, how well images show their prompts, by a scorer that no run is trained on;
-    `diversity` among the images.
+    `recognised`, the share of images to which another scorer of the kind gives their own prompt,
+    out of theirs and all of the bundled ones; `diversity` among the images.
     """
 
     def __init__(self, size: Size) -> None:
         self.size = size
-        every = load_prompts("bundled").prompts
-        apart = max(1, len(every) // size.images)
-        self.prompts = every[::apart][: size.images]
+        self.known = load_prompts("bundled").prompts
+        apart = max(1, len(self.known) // size.images)
+        self.prompts = self.known[::apart][: size.images]
         self.rewards = {
             "reward": trained_on(),
             "heldout": build("style", style=STYLE, copy="heldout"),
             "alignment": build("alignment", copy="heldout"),
         }
+        self._recogniser = AlignmentReward(copy="reward")
         self._trainers: dict[int, rpf.RewardPropTrainer] = {}
         self._base: Verdict | None = None
 
@@ -100,7 +104,16 @@ class Judge:
             name: float(evaluate(reward, images, list(prompts), facts).mean())
             for name, reward in self.rewards.items()
         }
-        return {**found, "diversity": diversity(images) or 0.0}
+        recognised = self._recognised(images, prompts)
+        return {**found, "recognised": recognised, "diversity": diversity(images) or 0.0}
+
+    def _recognised(self, images: Tensor, prompts: Sequence[str]) -> float:
+        asked = list(dict.fromkeys((*prompts, *self.known)))
+        by = self._recogniser
+        texts = by.scorer.encode_tokens(tokenize(by.tokenizer, asked, images.device))
+        best = (by.scorer.encode_images(to_input(images)) @ texts.T).argmax(1).tolist()
+        right = [asked[i] == prompt for i, prompt in zip(best, prompts, strict=True)]
+        return sum(right) / len(right)
 
     def _trainer(self, rank: int) -> rpf.RewardPropTrainer:
         if rank not in self._trainers:

@@ -1,67 +1,87 @@
-"""(f) Too far on purpose: a long run at the highest learning rate, its gauges and its pictures."""
+"""(f) Too far on purpose: what warns before the pictures break?
+
+Broken is when half of the images that could be told by their prompts no longer can. Each signal is
+one that a run could watch; it fires at the first evaluation where it holds.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
-import torch
-from torch import Tensor
-
-from benchmarks.experiments import figures
+from benchmarks.experiments import figures, long_runs
 from benchmarks.experiments.context import Context
-from benchmarks.experiments.training import keep, plan, progress
-from rewardprop_fast.errors import NonFiniteError
 
-SHOWN = 4  # images in a column of the strip
+#: Whose runs are drawn; the signals are looked for in all long runs.
+VARIANT = "draft-1"
+ROWS = 4  # images in a column of the strip
+
+Numbers = Sequence[Mapping[str, float]]
+#: By name: does it fire, given the evaluations until now, from the base model on?
+SIGNALS: dict[str, Callable[[Numbers], bool]] = {
+    "held-out reward 0.25 below its best": lambda past: (
+        past[-1]["heldout"] < max(row["heldout"] for row in past) - 0.25
+    ),
+    "held-out reward 0.5 below the reward": lambda past: (
+        past[-1]["reward"] - past[-1]["heldout"] > 0.5
+    ),
+    "alignment below 90 % of the base model's": lambda past: (
+        past[-1]["alignment"] < 0.9 * past[0]["alignment"]
+    ),
+    "diversity below 90 % of the base model's": lambda past: (
+        past[-1]["diversity"] < 0.9 * past[0]["diversity"]
+    ),
+}
+
+
+def broken(past: Numbers) -> bool:
+    return past[-1]["recognised"] <= 0.5 * past[0]["recognised"]
+
+
+def fires(rows: figures.Rows, signal: Callable[[Numbers], bool]) -> int | None:
+    """The update at which a signal first fires in one run; None if it never does."""
+    names = ("reward", "heldout", "alignment", "recognised", "diversity")
+    past: list[Mapping[str, float]] = []
+    for row in rows:
+        past.append({name: float(row[name]) for name in names})
+        if signal(past):
+            return int(row["step"])
+    return None
 
 
 def run(context: Context) -> None:
-    size = context.size
-    rate = max(size.rates)
-    store = context.store("overoptimisation", "seed", "settings")
     for seed in context.seeds:
-        one = plan("draft-1", rate, seed, size, updates=size.long, every=max(1, size.long // 10))
-        key = {"seed": seed, "settings": one.fingerprint}
-        if store.find(**key):
-            continue
-        rows, columns = [], []
-        try:
-            for point in progress(one, size, context.judge):
-                rows.append(point.row)
-                columns.append(torch.cat(list(point.images[:SHOWN]), dim=1))
-        except NonFiniteError:
-            pass
-        if seed == context.seeds[0]:
-            keep(context.work, "overoptimisation-strip", {"strip": torch.cat(columns[::2], dim=2)})
-        store.add(rows)
-        context.say(f"overoptimisation: seed {seed}", rows)
-
-
-def strip(context: Context) -> Tensor | None:
-    """Images of the first seed over its evaluations, (3, H, W); None where it was not run here."""
-    from safetensors.torch import load_file
-
-    path = context.work / "overoptimisation-strip.safetensors"
-    return load_file(path)["strip"] if path.is_file() else None
+        long_runs.do(context, VARIANT, seed)
 
 
 def plot(context: Context, folder: Path) -> None:
-    rows: Any = context.store("overoptimisation").rows()
+    rows = figures.by(context.store(long_runs.TABLE).rows(), "variant").get(VARIANT)
     if not rows:
         return
     plt = figures.pyplot()
     figure, axes = plt.subplots(1, 4, figsize=(10, 2.6), layout="constrained")
-    gauges = ("heldout", "alignment", "diversity", "drift")
-    for i, (axis, gauge) in enumerate(zip(axes, gauges, strict=True)):
-        figures.curve(axis, rows, "step", gauge, figures.LABELS[gauge], f"C{i}")
-    figures.curve(axes[0], rows, "step", "reward", "reward trained on", "0.5", style="--")
+    panels = (
+        (("reward", "-"), ("heldout", "--")),
+        (("alignment", "-"), ("recognised", "--")),
+        (("diversity", "-"),),
+        (("drift", "-"),),
+    )
+    steps = [fires(group, broken) for group in figures.by(rows, "seed").values()]
+    for i, (axis, gauges) in enumerate(zip(axes, panels, strict=True)):
+        for j, (gauge, style) in enumerate(gauges):
+            label = figures.LABELS[gauge]
+            figures.curve(axis, rows, "step", gauge, label, f"C{i + 5 * j}", style=style)
+        for step in steps:
+            if step is not None:
+                axis.axvline(step, color="0.6", linewidth=0.8, linestyle=":")
     axes[0].set_ylabel("log P(style | image)")
+    axes[1].set_ylabel("held-out alignment, share recognised")
+    for axis in axes[1:]:
+        axis.set_ylim(0)
     axes[0].legend(loc="lower right")
+    axes[1].legend(loc="lower left")
     figures.save(figure, folder / "overoptimisation.svg")
-    picture = strip(context)
-    if picture is not None:
-        from PIL import Image
-
-        pixels = (picture.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy()
-        Image.fromarray(pixels).save(folder / "overoptimisation.jpg", quality=85)
+    images = long_runs.images(context, VARIANT, context.seeds[0])
+    if images is not None:
+        columns = [one[:ROWS] for one in images.values()]
+        long_runs.write_strip(columns, folder / "overoptimisation.jpg")

@@ -15,7 +15,7 @@ class Size:
         batch: images of an update.
         updates: of a short run; `every` of them lies between two evaluations.
         images: of an evaluation.
-        long: updates of a long run.
+        long: updates of a run that goes too far; `brief` of one that does not.
         rates: the learning rates of the search, `search` updates each.
         rollouts: of the gradients whose variance is measured.
         batches: of the gradients by depth.
@@ -29,6 +29,7 @@ class Size:
     every: int = 10
     images: int = 16
     long: int = 100
+    brief: int = 15
     rates: tuple[float, ...] = (1e-3, 3e-3, 1e-2)
     search: int = 20
     rollouts: int = 256
@@ -40,13 +41,13 @@ class Size:
 
 
 FULL = Size()
-#: What docs/experiments.md shows: 45 minutes of one core.
+#: What docs/experiments.md shows.
 SMALL = Size(
-    updates=24, every=6, long=60, rates=(3e-3, 1e-2), search=10, rollouts=32, batches=1,
-    ddpo=6,
+    updates=24, every=6, long=30, brief=8, rates=(3e-3, 1e-2), search=10, rollouts=32,
+    batches=1, ddpo=6,
 )  # fmt: skip
 QUICK = Size(
-    model="tiny", steps=3, batch=2, updates=2, every=1, images=3, long=2, rates=(1e-3, 1e-2),
-    search=1, rollouts=4, batches=1, ddpo=1, dtype="float32",
+    model="tiny", steps=3, batch=2, updates=2, every=1, images=3, long=2, brief=1,
+    rates=(1e-3, 1e-2), search=1, rollouts=4, batches=1, ddpo=1, dtype="float32",
 )  # fmt: skip
 SIZES = {"full": FULL, "small": SMALL, "quick": QUICK}

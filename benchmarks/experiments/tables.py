@@ -5,16 +5,21 @@ from __future__ import annotations
 import statistics
 from typing import Any
 
-from benchmarks.experiments import figures, time_to_reward
+from benchmarks.experiments import figures, long_runs, overoptimisation, ranks, time_to_reward
 from benchmarks.experiments.context import Context
 
-GAUGES = ("reward", "heldout", "alignment", "diversity")
+GAUGES = ("reward", "heldout", "alignment", "recognised", "diversity")
 
 
 def cell(values: list[float], digits: int = 2) -> str:
     """Mean ± standard deviation."""
     mean, deviation = figures.spread(values)
     return f"{mean:.{digits}f} ± {deviation:.{digits}f}"
+
+
+def cells_of(rows: Any, gauge: str) -> str:
+    """The gauge's cell; empty where the runs did not have it."""
+    return cell([float(r[gauge]) for r in rows]) if rows[0].get(gauge) else ""
 
 
 def ends(rows: Any, column: str = "variant") -> str:
@@ -31,7 +36,7 @@ def ends(rows: Any, column: str = "variant") -> str:
             final[0]["learning_rate"],
             final[0]["samples"],
             cell([float(r["cpu_seconds"]) for r in final], 0),
-            *(cell([float(r[gauge]) for r in final]) for gauge in GAUGES),
+            *(cells_of(final, gauge) for gauge in GAUGES),
             cell([float(r["drift"]) for r in final]) if final[0].get("drift") else "",
         ]
         lines.append("| " + " | ".join(cells) + " |")
@@ -71,8 +76,28 @@ def show(context: Context) -> None:
     for prompts, group in figures.by(context.store("generalisation").rows(), "prompts").items():
         print(f"generalisation, {prompts}")
         for name, rows in figures.by(group, "variant").items():
-            print(name, *(f"{g} {cell([float(r[g]) for r in rows])}" for g in GAUGES))
-    for step, rows in figures.by(context.store("overoptimisation").rows(), "step").items():
-        shown = [gauge for gauge in (*GAUGES, "drift") if rows[0].get(gauge)]
-        words = [f"{gauge} {cell([float(r[gauge]) for r in rows])}" for gauge in shown]
-        print(f"overoptimisation, step {step}:", *words)
+            print(name, *words(rows, GAUGES))
+    for name, group in figures.by(context.store(long_runs.TABLE).rows(), "variant").items():
+        for step, rows in figures.by(group, "step").items():
+            print(f"long, {name}, update {step}:", *words(rows, (*GAUGES, "drift")))
+        print(signals(group))
+    for rank, rows in sorted(figures.by(ranks.rows_of(context), "rank").items()):
+        print(f"rank {rank}:", *words(rows, (*GAUGES, "drift", "cpu_seconds")))
+    for kind, group in figures.by(context.store("mixing").rows(), "kind").items():
+        for x, rows in figures.by(group, "x").items():
+            print(f"{kind} {x}:", *words(rows, (*GAUGES, "second", "error")))
+
+
+def words(rows: Any, gauges: tuple[str, ...]) -> list[str]:
+    """The gauges that the rows have, in words."""
+    return [f"{gauge} {cells_of(rows, gauge)}" for gauge in gauges if rows[0].get(gauge)]
+
+
+def signals(rows: Any) -> str:
+    """At which update the pictures of each run were broken, and each signal fired."""
+    names = {"broken": overoptimisation.broken, **overoptimisation.SIGNALS}
+    runs = figures.by(rows, "seed").values()
+    return "\n".join(
+        f"  {name}: {[overoptimisation.fires(one, signal) for one in runs]}"
+        for name, signal in names.items()
+    )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import sys
 from pathlib import Path
 
@@ -12,11 +13,19 @@ import torch
 import rewardprop_fast as rpf
 from benchmarks.experiments import __main__ as command
 from benchmarks.experiments import context as contexts
-from benchmarks.experiments import generalisation, time_to_reward, variance
+from benchmarks.experiments import (
+    generalisation,
+    mixing,
+    overoptimisation,
+    time_to_reward,
+    trl_child,
+    variance,
+)
 from benchmarks.experiments.context import Context
 from benchmarks.experiments.size import QUICK
 from benchmarks.experiments.store import Store
 from benchmarks.experiments.training import plan, trainer_of
+from rewardprop_fast import lora
 from rewardprop_fast.randomness import Draws
 from rewardprop_fast.training.prompts import load_prompts
 
@@ -148,7 +157,7 @@ def test_a_quick_experiment_from_the_command(
     arguments = ["experiments", "overoptimisation", "--quick", "--seeds", "1", *folders]
     monkeypatch.setattr(sys, "argv", [str(one) for one in arguments])
     assert command.main() == 0
-    table = tmp_path / "csv" / "overoptimisation.csv"
+    table = tmp_path / "csv" / "long.csv"
     rows = Store(table, KEY, KEY).rows()
     assert [row["step"] for row in rows] == ["0", "1", "2"]
     assert float(rows[2]["cpu_seconds"]) > float(rows[1]["cpu_seconds"]) > 0
@@ -160,18 +169,83 @@ def test_a_quick_experiment_from_the_command(
     assert table.read_text() == before
 
 
+def test_signals_fire_at_the_first_evaluation_where_they_hold() -> None:
+    columns = ("step", "reward", "heldout", "alignment", "recognised", "diversity")
+    numbers = (
+        (0, -3.0, -2.6, 0.8, 1.0, 0.30),
+        (6, -1.0, -1.4, 0.73, 0.75, 0.29),
+        (12, -0.5, -1.01, 0.71, 0.5, 0.29),
+        (18, -0.1, -1.2, 0.3, 0.9, 0.28),
+        (24, -0.1, -1.3, 0.9, 0.9, 0.26),
+    )
+    rows = [dict(zip(columns, map(str, row), strict=True)) for row in numbers]
+    found = [overoptimisation.fires(rows, one) for one in overoptimisation.SIGNALS.values()]
+    assert found == [24, 12, 12, 24]
+    assert overoptimisation.fires(rows, overoptimisation.broken) == 12
+    assert overoptimisation.fires(rows[:2], overoptimisation.broken) is None
+
+
+def test_a_mix_at_its_ends_is_its_parts() -> None:
+    trainer = trainer_of(plan("draft-1", 1e-3, 0, QUICK), QUICK)
+    states = []
+    for factor in (1, 2):
+        with torch.no_grad():
+            for parameter in trainer.parameters.values():
+                parameter.add_(factor)
+        states.append(lora.lora_state_dict(trainer.pipe.unet))
+    first, second = map(mixing.layers, states)
+    for parts, expected in (
+        ([(first, 1.0), (second, 0.0)], states[0]),
+        ([(first, 0.0), (second, 1.0)], states[1]),
+    ):
+        mixed = mixing.state_of(lora.mix(parts))
+        assert mixed.keys() == expected.keys()
+        assert all(torch.equal(mixed[name], expected[name]) for name in mixed)
+    both = lora.mix([(first, 0.5), (second, 0.5)])
+    assert {layer.rank for layer in both.values()} == {2 * QUICK.rank}
+
+
+def test_an_update_of_trls_without_a_gradient_passes_by() -> None:
+    class Trainer:
+        def __init__(self, words: str) -> None:
+            self.words = words
+
+        def step(self, epoch: int, step: int) -> None:
+            raise RuntimeError(self.words)
+
+    trl_child._step(Trainer("element 0 of tensors does not require grad and has no grad_fn"), 1)
+    with pytest.raises(RuntimeError, match="anything else"):
+        trl_child._step(Trainer("anything else"), 1)
+
+
 def test_every_figure_is_drawn_from_the_committed_tables(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sys, "argv", ["experiments", "plot", "--figures", str(tmp_path)])
-    assert command.main() == 0
-    committed = {path.name for path in (command.ROOT / "docs" / "experiments").glob("*.svg")}
-    drawn = {path.name for path in tmp_path.glob("*.svg")}
-    assert committed
-    assert committed == drawn
+    """And with the same bytes, whichever was drawn before it."""
+    folder = command.ROOT / "docs" / "experiments"
+    for order, names in (("there", command.EXPERIMENTS), ("back", reversed(command.EXPERIMENTS))):
+        monkeypatch.setattr(command, "EXPERIMENTS", {n: command.EXPERIMENTS[n] for n in names})
+        arguments = ["experiments", "plot", "--figures", str(tmp_path / order)]
+        arguments += ["--work", str(tmp_path)]
+        monkeypatch.setattr(sys, "argv", arguments)
+        assert command.main() == 0
+    drawn = {path.name: path.read_text() for path in (tmp_path / "there").glob("*.svg")}
+    assert drawn == {path.name: path.read_text() for path in (tmp_path / "back").glob("*.svg")}
+    assert drawn.keys() == {path.name for path in folder.glob("*.svg")} != set()
     page = (command.ROOT / "docs" / "experiments.md").read_text()
-    for name in committed:
+    for name, text in drawn.items():
         assert f"experiments/{name}" in page
+        words, numbers = apart(text)
+        committed_words, committed = apart((folder / name).read_text())
+        assert words == committed_words, name
+        # another processor may round otherwise
+        assert numbers == pytest.approx(committed, abs=0.01), name
+
+
+def apart(svg: str) -> tuple[list[str], list[float]]:
+    """A picture's text without its numbers, and those."""
+    number = re.compile(r"-?\d+\.\d+")
+    return number.split(svg), [float(found) for found in number.findall(svg)]
 
 
 def test_drafts_are_what_their_names_say() -> None:
