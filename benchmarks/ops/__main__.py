@@ -24,6 +24,7 @@ from benchmarks.cases import Case, layer_cases
 from benchmarks.ops import measure, plot
 from benchmarks.timing import speedup
 from rewardprop_fast import ops
+from rewardprop_fast.ops import native
 from rewardprop_fast.training import report
 from rewardprop_fast.training.precision import resolve_device
 
@@ -174,6 +175,7 @@ def write(rows: list[dict[str, Any]], arguments: argparse.Namespace) -> None:
         )
     facts = {
         "device": report.device_name(resolve_device("cpu")),
+        "instruction_set": _instruction_set(),
         "threads": 1,
         "rounds": arguments.rounds,
         "versions": report.versions(),
@@ -181,6 +183,13 @@ def write(rows: list[dict[str, Any]], arguments: argparse.Namespace) -> None:
     }
     output.with_suffix(".json").write_text(json.dumps(facts, indent=2) + "\n")
     plot.draw(output.with_suffix(".json"), output.with_suffix(".png"))
+
+
+def _instruction_set() -> str | None:
+    """What the compiled module's loops use; None where it is missing."""
+    if native.why_missing() is not None:
+        return None
+    return str(native.module().isa_report()["selected"])
 
 
 if __name__ == "__main__":
