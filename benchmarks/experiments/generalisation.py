@@ -61,25 +61,27 @@ def run(context: Context) -> None:
             print(f"generalisation: {variant}, seed {seed}", flush=True)
 
 
+def gains(rows: figures.Rows, gauge: str) -> list[float]:
+    """What training did on one set of prompts, seed by seed: the noise is the base model's."""
+    base = {row["seed"]: float(row[gauge]) for row in rows if row["variant"] == "base"}
+    tuned = [row for row in rows if row["variant"] != "base"]
+    return [float(row[gauge]) - base[row["seed"]] for row in tuned]
+
+
 def plot(context: Context, folder: Path) -> None:
     rows = context.store("generalisation").rows()
     if not rows:
         return
     plt = figures.pyplot()
-    names = [name for name in ("base", *VARIANTS) if any(r["variant"] == name for r in rows)]
-    figure, axes = plt.subplots(1, 4, figsize=(10, 2.6), layout="constrained", sharey=True)
+    figure, axes = plt.subplots(1, 4, figsize=(10, 2.2), layout="constrained", sharey=True)
     groups = figures.by(rows, "prompts")
     for axis, gauge in zip(axes, GAUGES, strict=True):
-        for j, (label, group) in enumerate(groups.items()):
-            for i, name in enumerate(names):
-                numbers = [float(row[gauge]) for row in group if row["variant"] == name]
-                mean, deviation = figures.spread(numbers)
-                axis.barh(
-                    i + 0.2 * (j - 1.5), mean, 0.2, xerr=deviation, color=f"C{j}",
-                    label=label if not i else None, error_kw={"linewidth": 0.7},
-                )  # fmt: skip
-        axis.set_xlabel(figures.LABELS[gauge])
-    axes[0].set_yticks(range(len(names)), [figures.TITLES.get(n, "base model") for n in names])
+        for i, group in enumerate(groups.values()):
+            numbers = gains(group, gauge)
+            axis.barh(i, figures.spread(numbers)[0], color=f"C{i}", alpha=0.6)
+            axis.plot(numbers, [i] * len(numbers), "k.", markersize=4)
+        axis.axvline(0, color="0.6", linewidth=0.8)
+        axis.set_xlabel(f"change of {figures.LABELS[gauge]}")
+    axes[0].set_yticks(range(len(groups)), list(groups))
     axes[0].invert_yaxis()
-    axes[3].legend(loc="lower left", framealpha=0.9)
     figures.save(figure, folder / "generalisation.svg")

@@ -5,7 +5,14 @@ from __future__ import annotations
 import statistics
 from typing import Any
 
-from benchmarks.experiments import figures, long_runs, overoptimisation, ranks, time_to_reward
+from benchmarks.experiments import (
+    figures,
+    generalisation,
+    long_runs,
+    overoptimisation,
+    ranks,
+    time_to_reward,
+)
 from benchmarks.experiments.context import Context
 
 GAUGES = ("reward", "heldout", "alignment", "recognised", "diversity")
@@ -77,6 +84,7 @@ def show(context: Context) -> None:
         print(f"generalisation, {prompts}")
         for name, rows in figures.by(group, "variant").items():
             print(name, *words(rows, GAUGES))
+        print("gain", *(f"{g} {cell(generalisation.gains(group, g))}" for g in GAUGES))
     for name, group in figures.by(context.store(long_runs.TABLE).rows(), "variant").items():
         for step, rows in figures.by(group, "step").items():
             print(f"long, {name}, update {step}:", *words(rows, (*GAUGES, "drift")))
