@@ -14,7 +14,6 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-COMPILER = os.environ.get("CXX", "g++")
 
 #: Loops by a piece of their body, and how often each is compiled at least: inlined, once more.
 LOOPS = {
@@ -24,6 +23,16 @@ LOOPS = {
         "power(scores[i] - lse2)": 1,
     },
 }
+
+
+@pytest.fixture(scope="module")
+def gcc() -> str:
+    found = shutil.which(os.environ.get("CXX", "g++"))
+    if found is None or "Free Software Foundation" not in subprocess.getoutput(
+        f"{found} --version"
+    ):
+        pytest.skip("GCC's own report and assembly are read")
+    return found
 
 
 def flags_of_the_build(file: str, isa: str) -> list[str]:
@@ -53,10 +62,7 @@ def flags_of_the_set(isa: str, text: str) -> list[str]:
 
 @pytest.mark.parametrize("isa", ["scalar", "avx2"])
 @pytest.mark.parametrize("file", LOOPS)
-def test_loops_are_vectorised(file: str, isa: str, tmp_path: Path) -> None:
-    gcc = shutil.which(COMPILER)
-    if gcc is None or "Free Software Foundation" not in subprocess.getoutput(f"{gcc} --version"):
-        pytest.skip("GCC's own report is read")
+def test_loops_are_vectorised(gcc: str, file: str, isa: str, tmp_path: Path) -> None:
     source = ROOT / "csrc" / "cpu" / file
     command = [gcc, *flags_of_the_build(file, isa), f"-DREWARDPROP_ISA={isa}", "-c", str(source)]
     command += ["-fopt-info-vec-optimized", "-o", str(tmp_path / "out.o")]
@@ -74,11 +80,8 @@ def test_loops_are_vectorised(file: str, isa: str, tmp_path: Path) -> None:
         assert len(found) >= least, f"{body} is scalar code\n{done.stderr}"
 
 
-def test_bfloat16_attention_is_made_of_the_instruction_for_it(tmp_path: Path) -> None:
+def test_bfloat16_attention_is_made_of_the_instruction_for_it(gcc: str, tmp_path: Path) -> None:
     """A whole tile of sums in registers: 24 products in a row, nothing stored between them."""
-    gcc = shutil.which(COMPILER)
-    if gcc is None or "Free Software Foundation" not in subprocess.getoutput(f"{gcc} --version"):
-        pytest.skip("GCC's own output is read")
     flags = flags_of_the_build("attention_loops.cpp", "avx512_bf16")
     source = ROOT / "csrc" / "cpu" / "attention_loops.cpp"
     command = [gcc, *flags, "-DREWARDPROP_ISA=avx512_bf16", "-S", str(source)]
