@@ -11,7 +11,8 @@ it is read no more, but for the sample, which is then taken from its beginning a
 Copies for the forward pass are read at every step of every chain and stay. The input gradient of a
 large weight is needed once for each step with gradients: its copy is made for the first of them and
 dropped, made for the second and kept, until the forward pass comes round again. So a chain with one
-such step, DRaFT-1's, does not hold a second copy of its convolutions.
+such step, DRaFT-1's, does not hold a second copy of its convolutions. Nor does a gauge that looks
+at other images in between make a large weight keep a copy for these.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ _SAMPLES = 256
 #: Weights of so many bytes are large: SD 1.5's convolutions from 640 channels on.
 _LARGE = 4 * 2**20
 
-#: Copies of one name that are kept: steps without gradients may have batches of their own size.
+#: Copies of one name that a small weight keeps: for a batch of another size now and then.
 _MOST_IMAGES = 2
 
 
@@ -56,6 +57,7 @@ class Packs:
         self._large = weight.nbytes >= _LARGE
         self._made: dict[Name, dict[Image, Tensor]] = {}
         self._of_gradients: dict[Name, dict[Image, Tensor]] = {}
+        self._strangers: dict[Name, Image] = {}
 
     def hold_for(self, weight: Tensor) -> bool:
         """Whether the weight is still what it was when they were made."""
@@ -68,9 +70,21 @@ class Packs:
         )
 
     def kept(self, name: Name, image: Image, make: Callable[[], Tensor]) -> Tensor:
-        """The copy of this name for images of this shape, made now if it is not there."""
-        if self._large:
-            self._of_gradients.clear()
+        """The copy of this name for images of this shape, made now if it is not there.
+
+        A large weight keeps one alone: that of the first images, until others come twice in a row.
+        """
+        if not self._large:
+            return self._get(self._made, name, image, make)
+        self._of_gradients.clear()
+        found = self._made.get(name, {})
+        stranger = bool(found) and image not in found
+        if stranger and self._strangers.get(name) != image:
+            self._strangers[name] = image
+            return self._make(make)
+        self._strangers.pop(name, None)
+        if stranger:
+            found.clear()
         return self._get(self._made, name, image, make)
 
     def kept_if_repeated(self, name: Name, image: Image, make: Callable[[], Tensor]) -> Tensor:

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from rewardprop_fast import ops
-from rewardprop_fast.ops import drop_packs, frozen_conv2d, packed_bytes, packing
+from rewardprop_fast.ops import drop_packs, frozen_conv2d, onednn, packed_bytes, packing
 from rewardprop_fast.ops.frozen_conv2d import FROZEN_CONV2D, native
 from tests.ops import oracle
 
@@ -249,6 +249,30 @@ def test_a_large_weights_backward_copy_stays_while_gradients_come_one_after_anot
     once = held[0]
     assert held == [once, once, once, once, 2 * once, 2 * once, once, once]
     assert all(torch.equal(one, expected) for one in found)
+
+
+@needs_onednn
+def test_a_large_weight_keeps_the_copy_for_one_size_of_image(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(onednn, "images_of_one_layout", lambda channels, shape: tuple(shape))
+    few, weight, bias = inputs((2, 32, 5, 7), (32, 32, 3, 3))
+    many = torch.cat([few, few, few]).contiguous(memory_format=torch.channels_last)
+    monkeypatch.setattr(packing, "_LARGE", weight.nbytes)
+
+    def kept_after(*images: Tensor) -> list[int]:
+        """Whose copies are there: batch sizes."""
+        for x in images:
+            torch.testing.assert_close(
+                frozen_conv2d(x, weight, bias, 1, 1), F.conv2d(x, weight, bias, 1, 1)
+            )
+        (made,) = weight._rewardprop_packs._made.values()
+        return [image[0] for image in made]
+
+    assert kept_after(few) == [2]
+    assert kept_after(many, few, many, few) == [2]
+    assert kept_after(many, many) == [6]
+    assert kept_after(few) == [6]
 
 
 @needs_onednn
