@@ -192,7 +192,7 @@ def _child(case: dict[str, Any]) -> dict[str, Any]:
         plan = trainer.memory.plan if trainer.memory else Plan()
         if trainer.memory:
             trainer.memory.close()
-        dry = DryRun.ofrandom_pipeline(pipe, trainer.reward, config)
+        dry = DryRun.of_pipeline(pipe, trainer.reward, config)
         foreseen = estimate(dry, plan, find_device("rtx3090"), optimizer=False)
         row["estimated_peak"] = foreseen.peak
         row["estimated_growth"] = foreseen.peak - foreseen.resident

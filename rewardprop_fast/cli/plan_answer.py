@@ -9,6 +9,7 @@ from typing import Any
 from rewardprop_fast.cli.plan_question import Question
 from rewardprop_fast.memory.plan import Plan
 from rewardprop_fast.training.dry_run import DryRun, gradient_steps_of
+from rewardprop_fast.training.estimate import made_for, prediction
 from rewardprop_fast.training.forecast import Forecast
 from rewardprop_fast.training.report.memory_plot import Curve
 
@@ -44,20 +45,10 @@ class Answer:
 
     def asked(self) -> dict[str, Any]:
         """The step, as data."""
-        question, train = self.question, self.question.train
-        height, width = self.size
+        question = self.question
         return {
             "model": question.model,
-            "height": height,
-            "width": width,
-            "method": train.method.name,
-            "k": self.gradient_steps,
-            "steps": train.sampling.steps,
-            "guidance_scale": train.sampling.guidance_scale,
-            "batch_size": train.batch_size,
-            "rank": train.lora.rank,
-            "dtype": train.dtype,
-            "accelerate": train.accelerate,
+            **made_for(self.dry),
             "reward": question.reward,
             "card": question.card.name,
             "offload": question.limits.offload,
@@ -67,16 +58,11 @@ class Answer:
 
     def prediction(self) -> dict[str, Any]:
         """What is expected of the plan."""
-        found, planned = self.forecast, self.forecast.planned
+        found = self.forecast
         return {
-            "peak_bytes": found.peak,
-            "peak_is": "composed" if found.exact is None else "exact",
-            "peak_bytes_by_phase": found.by_phase,
+            **prediction(found.planned, found.exact),
             "workspace_bytes": found.workspace,
             "reserved_bytes": None if found.reserved is None else found.reserved.peak_reserved,
-            "offloaded_bytes": planned.offloaded,
-            "modelled_seconds": planned.seconds,
-            "modelled_seconds_unlimited": planned.unlimited_seconds,
         }
 
     def plan(self) -> Plan:

@@ -136,11 +136,6 @@ def make_plan(
     return Planner(profile, gradient_steps, prefix, limits, gap).plan(limits.budget)
 
 
-def least_peak(profile: Profile, gradient_steps: int, limits: Limits) -> int:
-    """The smallest budget for which `make_plan` finds a plan, bytes."""
-    return Planner(profile, gradient_steps, 0, limits).least()
-
-
 class Planner:
     """Plans of one step for several budgets: what does not depend on the budget is set up once.
 
@@ -185,9 +180,12 @@ class Planner:
 
     def least(self) -> int:
         """The smallest budget for which there is a plan, bytes."""
-        least = min(self._problem(index).least() for index in range(len(self._parts)))
+        least = min(problem.least() for problem in self._every_problem())
         # one margin to keep to, one for the tolerance
         return int(least / (1 - self.limits.slack)) + 2 * _MARGIN
+
+    def _every_problem(self) -> list[_Problem]:
+        return [self._problem(index) for index in range(len(self._parts))]
 
     def _problem(self, index: int) -> _Problem:
         if index not in self._known:
@@ -247,10 +245,15 @@ def _least_seconds(
 
 @dataclass
 class _Row:
-    """Bytes in one interval: a constant and what the choices add."""
+    """Bytes in one interval: a constant and what the choices add.
+
+    Attributes:
+        again: of the constant, what is there only where something is recomputed.
+    """
 
     phase: str
     constant: int
+    again: int
     terms: Counter[int]  # variable -> bytes
 
 
@@ -287,6 +290,7 @@ class _Problem:
         self.cost: list[float] = []
         self.moved: list[int] = []  # bytes to the host and back
         self.alternatives: list[list[int]] = []
+        self.keeping: set[int] = set()  # variables
         self._make_variables()
         self.rows = list(self._rows())
 
@@ -307,6 +311,8 @@ class _Problem:
                 variables = {}
                 for mode, numbers in self.numbers[signature].items():
                     variables[mode] = len(self.cost)
+                    if mode == "keep":
+                        self.keeping.add(len(self.cost))
                     keep = self.profile.numbers[signature]["keep"]
                     extra = numbers.forward_seconds + numbers.backward_seconds
                     extra -= keep.forward_seconds + keep.backward_seconds
@@ -355,7 +361,7 @@ class _Problem:
             if interval.step == BEHIND:
                 yield self._row(interval, self._shift(self.k), None, None)
             elif interval.step == BEFORE:
-                yield self._row(interval, 0, None, None)
+                yield self._row(interval, self._before, None, None)
             else:
                 for number, group in enumerate(self.groups):
                     # of a group's steps, most is alive in the last
@@ -365,20 +371,26 @@ class _Problem:
     def _rows_of_step(self, interval: Interval, group: int, step: int) -> Iterator[_Row]:
         shift = self._shift(step)
         behind = interval.phase == "backward"
+        made = self.profile.trained if step < self.k - 1 else 0  # gradients, by later steps
         if behind and 0 < step < self.k - 1:
-            shift += self.profile.trained  # whose gradients later steps have made
+            shift += made - interval.gradients
         if step >= self.whole:
             yield self._row(interval, shift, group, step)
         elif behind:
-            shift += 2 * self.profile.step_input
+            shift += self.profile.step_input
             yield self._row(interval, shift, group, step, alone=True)
         else:
             # Forward and, in the backward pass, forward again with all that it keeps.
             yield self._row(interval, shift, group, step, alone=True, forgets=True)
-            again = replace(interval, phase="backward")
-            # Beside its inputs there are its output's gradients, before and after guidance.
-            shift += self.profile.trained + 4 * self.profile.step_input
-            yield self._row(again, shift, group, step, alone=True)
+            # There are its output's gradient and, in float32, those of the latents on both sides.
+            shift += made + self.profile.images + 5 * self.profile.step_output
+            row = self._row(interval, shift, group, step, alone=True)
+            yield replace(row, phase="backward")
+
+    @property
+    def _before(self) -> int:
+        """Of steps without gradients the second finds what the first has left: float32 latents."""
+        return 2 * self.profile.step_output if self.prefix > 1 else 0
 
     def _shift(self, step: int) -> int:
         """What the chain's steps before ``step`` leave alive, beside their units' share.
@@ -388,19 +400,19 @@ class _Problem:
         """
         if step == 0:
             return 0
-        shown = self.profile.gradient_steps
-        first = self._start(1 if shown > 1 else BEHIND) - self._start(0)
-        ends = self.profile.step_ends
+        profile, shown = self.profile, self.profile.gradient_steps
+        ends = profile.step_ends
         other = ends[1] - ends[0] if shown > 1 else 0
-        there = sum(1 for earlier in range(1, step) if earlier >= self.whole)
-        counted = shown - 1 if step == self.k else 0
-        inputs = min(step, self.whole) * self.profile.step_input
-        return (there - counted) * other - (first if self.whole > 0 else 0) + inputs
+        counted = shown if step == self.k else 1
+        shift = (step - counted) * other
+        for earlier in range(min(step, self.whole)):
+            shift += profile.step_input - self._between(min(earlier, shown - 1))
+        return shift
 
-    def _start(self, step: int) -> int:
-        return next(
-            i.skeleton for i in self.profile.intervals if i.step == step and not i.is_backward
-        )
+    def _between(self, step: int) -> int:
+        """What the UNet's call in a step shown keeps beside its units' share."""
+        profile = self.profile
+        return profile.step_ends[step] - profile.step_starts[step] - profile.step_output
 
     def _row(
         self,
@@ -437,7 +449,9 @@ class _Problem:
                 terms[variable] += numbers.backward if interval.is_backward else numbers.forward
         else:
             constant += interval.extra
-        return _Row(interval.phase, constant, terms)
+        behind = interval.phase in (*TAIL_PHASES, "backward")
+        again = self.profile.shared_input if behind else 0
+        return _Row(interval.phase, constant + again, again, terms)
 
     def _add_steps(self, terms: Counter[int], groups: int, of_next: int) -> None:
         """All steps of the first ``groups`` groups, and ``of_next`` of the next one."""
@@ -481,7 +495,7 @@ class _Problem:
                 (backward if behind else forward)[interval.step].append(interval)
         group_of = {step: number for number, group in enumerate(self.groups) for step in group}
         for interval in forward[BEFORE] if self.prefix else ():
-            yield interval, -1, self._row(interval, 0, None, None)
+            yield interval, -1, self._row(interval, self._before, None, None)
         for step, group in group_of.items():
             for interval in forward[min(step, 1)]:
                 # what lies between the last step and the decoder's first unit counts to that step
@@ -503,9 +517,13 @@ class _Problem:
         numbers = self._numbers(interval.unit, next(m for m, v in modes if v in chosen))
         return numbers.backward_seconds if interval.is_backward else numbers.forward_seconds
 
-    @staticmethod
-    def _total(row: _Row, chosen: Collection[int]) -> int:
-        return row.constant + sum(b for v, b in row.terms.items() if v in chosen)
+    def _total(self, row: _Row, chosen: Collection[int]) -> int:
+        own = sum(nbytes for variable, nbytes in row.terms.items() if variable in chosen)
+        return self._constant(row, chosen) + own
+
+    def _constant(self, row: _Row, chosen: Collection[int]) -> int:
+        recomputes = self.whole or any(variable not in self.keeping for variable in chosen)
+        return row.constant if recomputes else row.constant - row.again
 
     def _holders(self, row: _Row, chosen: Collection[int]) -> dict[str, int]:
         """What units of each kind hold in an interval; "" is all the rest."""
@@ -514,7 +532,7 @@ class _Problem:
             for (_, unit), modes in self.choice.items()
             for variable in modes.values()
         }
-        found = Counter({"": row.constant})
+        found = Counter({"": self._constant(row, chosen)})
         for variable, nbytes in row.terms.items():
             if variable in chosen:
                 found[kinds[variable]] += nbytes

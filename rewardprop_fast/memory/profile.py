@@ -127,6 +127,7 @@ class Interval:
         skeleton: bytes alive at its start, without what units keep.
         extra: most bytes beside that, for stretches without a unit.
         seconds: modelled, everything kept.
+        gradients: bytes of the skeleton that are gradients of trained parameters.
     """
 
     phase: str
@@ -137,6 +138,7 @@ class Interval:
     skeleton: int
     extra: int
     seconds: float = 0.0
+    gradients: int = 0
 
 
 @dataclass
@@ -147,12 +149,16 @@ class Profile:
         gradient_steps: how many of the K steps it holds: at most two.
         numbers: signature -> mode -> numbers.
         seconds: modelled, of all operations by phase, with everything kept.
-        step_ends: skeleton behind the UNet's call in each step.
+        step_starts, step_ends: skeleton before and behind the UNet's call in each step.
         prefix_seconds: of one UNet call without gradients.
         weights: bytes of the frozen weights of "unet", "vae" and "reward".
         trained: bytes of the trained parameters, and so of their gradients.
-        step_input: bytes of all that the UNet is called on in a step with gradients; a bound of
-            what recomputing the whole step keeps, since steps may share conditions.
+        step_input: bytes of what the UNet is called on in one step with gradients alone, which
+            recomputing the whole step keeps; step_output: of what it returns.
+        shared_input: bytes of what it is called on in every step, or in the only one, as far as
+            nobody holds it by the chain's backward pass unless something is recomputed.
+        images: bytes of what is there when the chain's backward pass begins, and was not when the
+            chain had run: images, rewards, their gradients.
         resident: bytes alive all the time, weights included.
         workspace: most bytes that an operation of the library uses for itself, if it was asked.
     """
@@ -162,11 +168,15 @@ class Profile:
     intervals: list[Interval] = field(default_factory=list)
     numbers: dict[str, dict[str, Numbers]] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
+    step_starts: list[int] = field(default_factory=list)
     step_ends: list[int] = field(default_factory=list)
     prefix_seconds: float = 0.0
     weights: dict[str, int] = field(default_factory=dict)
     trained: int = 0
     step_input: int = 0
+    shared_input: int = 0
+    step_output: int = 0
+    images: int = 0
     resident: int = 0
     workspace: int = 0
 
@@ -208,8 +218,9 @@ def profile(
     found.trained = _bytes_of([p for p in networks.unet.parameters() if p.requires_grad])
     first = _Run(networks, {}, clock)
     first.go(step, shown, 1, resident)
+    found.step_input, found.shared_input = first.inputs_of_steps()
     first.read_skeleton(found)
-    found.step_input = first.step_input
+    found.step_output = first.step_output
     first.read_numbers(found.numbers)
     for _ in range(_MOST_RUNS - 1):
         modes = _turns(found)
@@ -260,6 +271,7 @@ class _Mark:
     peak: int
     live: int
     seconds: float
+    gradients: int
 
 
 @dataclass
@@ -289,7 +301,11 @@ class _Run:
         self.seconds = 0.0
         self.by_phase: dict[str, float] = {}
         self.phase = ""
-        self.unet_calls, self.prefix_calls, self.step_input = -1, 0, 0
+        self.prefix_calls = self.step_output = 0
+        self.steps_inputs: list[dict[StorageWeakRef, int]] = []  # of each UNet call with gradients
+        self.gone: set[StorageWeakRef] = set()  # of these, by the chain's backward pass
+        self.gradients = 0  # bytes
+        self.without_gradient = [p for p in networks.unet.parameters() if p.requires_grad]
         self.tracker = MemoryTracker(watch=self._operation)
         self.applied: policy.AppliedPlan | None = None
 
@@ -344,13 +360,26 @@ class _Run:
     def mark(self, kind: str, call: int) -> None:
         tracker = self.tracker
         peak = tracker.lap()
-        self.marks.append(_Mark(kind, call, self.phase, peak, tracker.live_bytes, self.seconds))
+        there = [p for p in self.without_gradient if p.grad is not None]
+        if there:
+            self.gradients += sum(p.nbytes for p in there)
+            self.without_gradient = [p for p in self.without_gradient if p.grad is None]
+        self.marks.append(
+            _Mark(kind, call, self.phase, peak, tracker.live_bytes, self.seconds, self.gradients)
+        )
 
     def back(self, index: int) -> None:
         """The backward pass of a unit begins."""
+        if self.phase == "backward" and not self.gone:
+            self.gone = {s for one in self.steps_inputs for s in one if s.expired()}
         call = self.calls[index]
         call.held = tuple(0 if given.expired() else nbytes for given, nbytes in call.given)
         self.mark("back", index)
+
+    @property
+    def step(self) -> int:
+        """Of the steps with gradients, the one whose UNet call runs or ran last."""
+        return max(len(self.steps_inputs) - 1, 0)
 
     # --- reading ---
 
@@ -358,6 +387,15 @@ class _Run:
         """What call ``index`` kept: alive at its exit, beside its output and what was before."""
         enter, exit_ = self._find("enter", index), self._find("exit", index)
         return exit_.live - enter.live - self.calls[index].output
+
+    def inputs_of_steps(self) -> tuple[int, int]:
+        """`Profile.step_input` and `Profile.shared_input`."""
+        if not self.steps_inputs:
+            return 0, 0
+        first, *others = self.steps_inputs
+        shared = {storage for storage in first if all(storage in one for one in others)}
+        own = [sum(n for s, n in one.items() if s not in shared) for one in self.steps_inputs]
+        return max(own), sum(first[storage] for storage in shared & self.gone)
 
     def _find(self, kind: str, call: int) -> _Mark:
         return next(mark for mark in self.marks if mark.kind == kind and mark.call == call)
@@ -409,6 +447,8 @@ class _Run:
                 step = self._step_of(before.call)
             elif before.kind == "end":
                 running = -1
+            elif before.kind == "call":
+                found.step_starts.append(before.live - held)
             elif before.kind == "step":
                 found.step_ends.append(before.live - held)
             own = kept[self._call_of(position, running)] if is_backward and running >= 0 else 0
@@ -422,8 +462,12 @@ class _Run:
                     before.live - held - own,
                     mark.peak - before.live,
                     mark.seconds - before.seconds,
+                    before.gradients,
                 )
             )
+        phases = {mark.phase: mark.live for mark in self.marks if mark.kind == "phase"}
+        begins = (m.live for m in self.marks if m.kind == "phase" and m.phase == "backward")
+        found.images = max(0, next(begins, 0) - phases.get("suffix", 0) + found.shared_input)
         found.seconds = dict(self.by_phase)
         found.prefix_seconds = self.by_phase.get("prefix", 0.0) / max(1, self.prefix_calls)
 
@@ -499,15 +543,18 @@ class _Probe(_Shadow):
         # without gradients also within a chain: a base model's call, a step that is passed over
         if run.phase not in ("suffix", "decode", "reward") or not torch.is_grad_enabled():
             return self.forward(*args, **kwargs)
-        index, step = len(run.calls), max(run.unet_calls, 0) if run.phase == "suffix" else 0
+        index, step = len(run.calls), run.step if run.phase == "suffix" else 0
         mode = run.modes.get((self.segment.name, step), "keep")
         call = _Call(self.segment, mode, self._signature(args, kwargs), step, self.parts)
         run.calls.append(call)
         tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         call.inputs = _bytes_of(tensors[:1])
         storages = [tensor.untyped_storage() for tensor in tensors]
-        call.given = [(StorageWeakRef(storage), storage.nbytes()) for storage in storages]
+        given = [(StorageWeakRef(storage), storage.nbytes()) for storage in storages]
         del storages
+        # what the UNet was called on is not of one unit alone: `Profile.shared_input`
+        of_all = run.steps_inputs[-1] if run.phase == "suffix" and run.steps_inputs else {}
+        call.given = [(storage, nbytes) for storage, nbytes in given if storage not in of_all]
         args, kwargs = self._ended(index, args, kwargs)
         run.mark("enter", index)
         output = self.forward(*args, **kwargs)
@@ -558,11 +605,15 @@ class _StepCounter(_Shadow):
             return self.forward(*args, **kwargs)
         if not torch.is_grad_enabled():
             return self.forward(*args, **kwargs)
-        run.unet_calls += 1
         tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-        run.step_input = _bytes_of(tensors)
-        del tensors
+        storages = [tensor.untyped_storage() for tensor in tensors]
+        run.steps_inputs.append({StorageWeakRef(one): one.nbytes() for one in storages})
+        del tensors, storages
+        run.mark("call", -1)
         output = self.forward(*args, **kwargs)
+        outputs = [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
+        run.step_output = _bytes_of(outputs)
+        del outputs
         run.mark("step", -1)
         return output
 

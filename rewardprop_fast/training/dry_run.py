@@ -18,6 +18,7 @@ from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensorMode
 
 from rewardprop_fast import lora
 from rewardprop_fast.memory import make_fake
+from rewardprop_fast.memory.fake import RepeatingFakeMode
 from rewardprop_fast.models.shapes import Shapes
 from rewardprop_fast.models.support import is_sdxl
 from rewardprop_fast.nn import accelerate
@@ -76,7 +77,7 @@ class DryRun:
         lora.inject(
             shapes.unet, config.lora.rank, config.lora.alpha, config.lora.target_modules, seed=0
         )
-        mode = FakeTensorMode()
+        mode = RepeatingFakeMode()
         for network in (shapes.unet, shapes.vae, reward):
             if isinstance(network, nn.Module):
                 make_fake(network, mode)
@@ -85,7 +86,7 @@ class DryRun:
     @classmethod
     def of_pipeline(cls, pipe: Any, reward: Any, config: TrainConfig) -> DryRun:
         """Of a pipeline that is ready to train, and its reward: copies of both, without memory."""
-        mode = FakeTensorMode()
+        mode = RepeatingFakeMode()
         with FakeCopyMode(mode):
             unet, vae = copy.deepcopy(pipe.unet), copy.deepcopy(pipe.vae)
             reward = copy.deepcopy(reward)

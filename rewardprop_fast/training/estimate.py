@@ -207,22 +207,36 @@ def planner_for(dry: DryRun, profiled: Profile, limits: Limits) -> Planner:
 
 def plan_for(dry: DryRun, profiled: Profile, limits: Limits) -> Planned:
     """The fastest plan within ``limits`` for this step. Raises BudgetError."""
-    config, engine = dry.config, dry.engine
     planned = planner_for(dry, profiled, limits).plan(limits.budget)
-    made_for = {
+    plan = replace(planned.plan, made_for=made_for(dry), prediction=prediction(planned))
+    return replace(planned, plan=plan)
+
+
+def made_for(dry: DryRun) -> dict[str, Any]:
+    """The step that a plan is for, as data."""
+    config, engine = dry.config, dry.engine
+    return {
         "method": config.method.name,
         "height": engine.height,
         "width": engine.width,
         "k": gradient_steps_of(config),
         "steps": config.sampling.steps,
+        "guidance_scale": config.sampling.guidance_scale,
         "batch_size": config.batch_size,
-        "lora_rank": config.lora.rank,
+        "rank": config.lora.rank,
         "dtype": str(engine.pipe.unet.dtype).removeprefix("torch."),
+        "accelerate": config.accelerate,
     }
-    prediction = {
-        "peak_bytes": planned.peak,
-        "peak_by_phase": planned.by_phase,
+
+
+def prediction(planned: Planned, exact: Estimate | None = None) -> dict[str, Any]:
+    """What is expected of a plan, as data: composed of parts, or of an exact run where there was one."""
+    found = planned if exact is None else exact
+    return {
+        "peak_bytes": found.peak,
+        "peak_is": "composed" if exact is None else "exact",
+        "peak_bytes_by_phase": found.by_phase,
+        "offloaded_bytes": planned.offloaded,
         "modelled_seconds": planned.seconds,
-        "modelled_seconds_without_limit": planned.unlimited_seconds,
+        "modelled_seconds_unlimited": planned.unlimited_seconds,
     }
-    return replace(planned, plan=replace(planned.plan, made_for=made_for, prediction=prediction))

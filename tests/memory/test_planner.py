@@ -15,8 +15,8 @@ from rewardprop_fast.memory.plan import Policy, policy_for
 from rewardprop_fast.memory.planner import (
     BudgetError,
     Limits,
+    Planner,
     _groups,
-    least_peak,
     make_plan,
 )
 from rewardprop_fast.memory.profile import (
@@ -72,6 +72,9 @@ def profiles(draw: Any, steps: int) -> Profile:
         prefix_seconds=10.0,
         weights={"unet": 60 * MIB, "vae": 10 * MIB, "reward": 20 * MIB},
         trained=2 * MIB,
+        step_input=draw(st.integers(0, 3)) * MIB,
+        step_output=MIB,
+        images=draw(st.integers(0, 3)) * MIB,
     )
     for step in range(steps):
         for number, kind in enumerate(kinds):
@@ -84,7 +87,7 @@ def profiles(draw: Any, steps: int) -> Profile:
         found.units.append(Unit(name, kind, 0, name, PARTS.get(kind, frozenset())))
     for unit in found.units:
         found.numbers.setdefault(unit.signature, draw(numbers(unit.kind)))
-    glue = draw(st.integers(0, 8)) * MIB
+    glue, latents = draw(st.integers(0, 8)) * MIB, draw(st.integers(0, 2)) * MIB
     base = sum(found.weights.values())
     chain = [i for i, unit in enumerate(found.units) if unit.name.startswith("unet.")]
     tail = [i for i in range(len(found.units)) if i not in chain]
@@ -92,19 +95,24 @@ def profiles(draw: Any, steps: int) -> Profile:
     found.intervals.append(Interval("prefix", BEFORE, -1, False, 0, base, 5 * MIB))
     for index in chain:
         step = found.units[index].step
+        if index == chain[0] or found.units[index - 1].step != step:
+            found.step_starts.append(live)
         found.intervals.append(Interval("suffix", step, index, False, index, live, 0))
         found.intervals.append(Interval("suffix", step, -1, False, index + 1, live, 3 * MIB))
         if index == chain[-1] or found.units[index + 1].step != step:
-            live += glue
-            found.step_ends.append(live)
+            found.step_ends.append(live + glue + found.step_output)
+            live += glue + latents
     for index, phase in zip(tail, ("decode", "reward"), strict=True):
         found.intervals.append(Interval(phase, BEHIND, index, False, index, live, 0))
     for index in reversed(tail):
         found.intervals.append(Interval("decode_backward", BEHIND, index, True, index, live, 0))
     for index in reversed(chain):
         step = found.units[index].step
-        before = base + glue * step + (found.trained if step < steps - 1 else 0)
-        found.intervals.append(Interval("backward", step, index, True, index, before, 0))
+        made = 0 if step < steps - 1 else MIB  # gradients of this step so far
+        before = base + (glue + latents) * step + (found.trained if step < steps - 1 else made)
+        found.intervals.append(
+            Interval("backward", step, index, True, index, before, 0, gradients=made)
+        )
     return found
 
 
@@ -114,8 +122,6 @@ def every_choice(profile: Profile, k: int) -> Iterator[tuple[float, int]]:
     tail = [u for u in profile.units if u not in chain]
     per_step = [[u for u in chain if u.step == min(step, 1)] for step in range(k)]
     units = [unit for step in per_step for unit in step] + tail
-    base = sum(profile.weights.values())
-    glue = profile.step_ends[0] - base
     wholes = [0, *(group.stop for group in _groups(k))]
     for whole in wholes:
         for modes in product(*(MODES[unit.kind] for unit in units)):
@@ -124,16 +130,19 @@ def every_choice(profile: Profile, k: int) -> Iterator[tuple[float, int]]:
             for unit, numbers in zip(units, chosen, strict=True):
                 keep = profile.numbers[unit.signature]["keep"]
                 extra += numbers.backward_seconds - keep.backward_seconds
-            yield extra, _peak(base, glue, profile.trained, per_step, tail, chosen, whole, k)
+            yield extra, _peak(profile, per_step, tail, chosen, whole, k)
 
 
-def _peak(
-    base: int, glue: int, trained: int, per_step: Any, tail: Any, chosen: Any, whole: int, k: int
-) -> int:
+def _peak(profile: Profile, per_step: Any, tail: Any, chosen: Any, whole: int, k: int) -> int:
+    base, trained, own = sum(profile.weights.values()), profile.trained, profile.step_input
+    glue = profile.step_ends[0] - base - profile.step_output
+    tails = [i for i in profile.intervals if i.phase == "decode"]
+    latents = (tails[0].skeleton - base) // profile.gradient_steps - glue
     numbers = iter(chosen)
     steps = [[next(numbers) for _ in step] for step in per_step]
     ends = [next(numbers) for _ in tail]
-    peak, live = base + 5 * MIB, base
+    # two latents of float32 at most as large as the step's output each, bfloat16
+    peak, live = base + 5 * MIB + 2 * profile.step_output, base
     held = []  # live before each step
 
     def forward(step: list[Numbers], live: int, keeps: bool) -> int:
@@ -147,7 +156,8 @@ def _peak(
     for index, step in enumerate(steps):
         held.append(live)
         after = forward(step, live, index >= whole)
-        live = after + glue if index >= whole else live
+        live = after + glue if index >= whole else live + own
+        live += latents
     for one in ends:
         peak = max(peak, live + one.forward)
         live += one.kept
@@ -155,14 +165,20 @@ def _peak(
         live -= one.kept
         peak = max(peak, live + one.backward)
     for index in reversed(range(k)):
-        live = held[index] + (trained if index < k - 1 else 0)
+        made = trained if index < k - 1 else 0
         if index < whole:
-            forward(steps[index], held[index] + trained, True)
+            around = profile.images + 5 * profile.step_output
+            forward(steps[index], held[index] + made + around, True)
+        live = held[index] + (made or MIB) + (own if index < whole else 0)
         live += sum(one.kept for one in steps[index])
         for one in reversed(steps[index]):
             live -= one.kept
             peak = max(peak, live + one.backward)
     return peak
+
+
+def least_peak(profile: Profile, k: int, limits: Limits) -> int:
+    return Planner(profile, k, 10, limits).least()
 
 
 @settings(max_examples=12, deadline=None, suppress_health_check=list(HealthCheck))
@@ -221,7 +237,7 @@ def simple(k: int) -> Profile:
     for index in range(last):
         step = found.units[index].step
         found.intervals.append(Interval("suffix", step, index, False, index, base, 0))
-    found.step_ends = [base] * min(k, 2)
+    found.step_starts = found.step_ends = [base] * min(k, 2)
     found.intervals.append(Interval("decode", BEHIND, last, False, last, base, 0))
     found.intervals.append(Interval("decode_backward", BEHIND, last, True, last, base, 0))
     for index in reversed(range(last)):

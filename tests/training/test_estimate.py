@@ -19,8 +19,8 @@ from rewardprop_fast.methods import SRPO, AlignProp, DRaFT, DRTune
 from rewardprop_fast.models import load_bundled
 from rewardprop_fast.training.budget import Memory
 from rewardprop_fast.training.config import LoRAConfig, OutputConfig, SamplingConfig, TrainConfig
-from rewardprop_fast.training.dry_run import DryRun
-from rewardprop_fast.training.estimate import estimate, make_profile, plan_for
+from rewardprop_fast.training.dry_run import DryRun, gradient_steps_of
+from rewardprop_fast.training.estimate import estimate, make_profile, plan_for, planner_for
 from rewardprop_fast.training.trainer import RewardPropTrainer
 
 R, AWAY, RO = Policy.RECOMPUTE, Policy.OFFLOAD, Policy.RECOMPUTE_OFFLOAD
@@ -161,6 +161,36 @@ def test_a_plan_composed_of_parts_is_never_over_its_budget_when_it_is_run(
         assert estimate(dry, planned.plan, CARD).peak <= budget
         assert planned.plan.budget_bytes == budget
         assert planned.seconds > kept.seconds
+
+
+@pytest.mark.parametrize(
+    ("kind", "method", "sampling"),
+    [
+        ("sd", DRaFT(1), {}),
+        ("sd", DRaFT(4), {"eta": 1.0}),
+        ("sdxl", DRaFT(2), {}),
+        ("sd", DRTune(3), {}),
+    ],
+    ids=str,
+)
+def test_steps_run_again_as_a_whole_are_composed_to_a_few_latents(
+    pipeline: Any, tmp_path: Any, kind: str, method: Any, sampling: Any
+) -> None:
+    trainer = make(pipeline(kind), method, tmp_path, sampling={"steps": 6, **sampling})
+    dry = DryRun.of_pipeline(trainer.pipe, trainer.reward, trainer.config)
+    profile = make_profile(dry, CARD)
+    latents = 4 * dry.config.batch_size * math.prod(dry.engine.latent_shape)
+    k = gradient_steps_of(dry.config)
+    most = 5 * profile.step_output + max(1, k - 2) * latents
+    for problem in planner_for(dry, profile, Limits(None))._every_problem():
+        for mode in ("keep", "block"):
+            chosen = {modes.get(mode, modes["keep"]) for modes in problem.choice.values()}
+            composed = problem._planned(chosen, 0.0, None)
+            found = estimate(dry, composed.plan, CARD)
+            assert 0 <= composed.peak - found.peak <= most, (problem.whole, mode)
+            for phase in ("decode", "decode_backward", "backward"):
+                more = composed.by_phase[phase] - found.by_phase[phase]
+                assert 0 <= more <= most, (problem.whole, mode, phase)
 
 
 def test_a_random_number_of_steps_is_planned_at_its_most(pipeline: Any, tmp_path: Any) -> None:
