@@ -102,7 +102,7 @@ def _phases(console: Console, answer: Answer) -> None:
         ink = "bold" if peak == max(found.by_phase.values()) else ""
         table.add_row(_PHASES.get(phase, phase), format_bytes(peak), style=ink)
     reserved = found.reserved
-    note = format_bytes(reserved.peak_reserved) if reserved else "not replayed"
+    note = format_bytes(reserved.peak_reserved) if reserved else "asks for --exact"
     table.add_row("reserved by the allocator, a bound", note, style="dim")
     table.add_row("largest workspace of an operator", format_bytes(found.workspace), style="dim")
     console.print(table)

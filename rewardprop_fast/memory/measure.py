@@ -141,6 +141,16 @@ class MemoryTracker(TorchDispatchMode):
         sizes = [holding.nbytes for holding in self._holdings]
         return [(i, sizes[i]) if i >= 0 else (~i, -sizes[~i]) for i in self._log]
 
+    def counted_as(self, holder: str) -> set[int]:
+        """Which of `events` were there already, and were told to `count` under this name."""
+        given = ((i, h) for i, h in enumerate(self._holdings) if h.operator == "given")
+        return {index for index, holding in given if holding.module == holder}
+
+    @property
+    def changes(self) -> int:
+        """How many `events` there were so far."""
+        return len(self._log)
+
     def at_peak_by(self, key: str) -> dict[str, int]:
         """Bytes alive at the peak by one attribute of `Holding` ("module", "phase", "operator")."""
         totals: Counter[str] = Counter()

@@ -248,7 +248,7 @@ class _Row:
     """Bytes in one interval: a constant and what the choices add.
 
     Attributes:
-        again: of the constant, what is there only where something is recomputed.
+        again: of the constant, what is there only where something of the chain is recomputed.
     """
 
     phase: str
@@ -290,7 +290,7 @@ class _Problem:
         self.cost: list[float] = []
         self.moved: list[int] = []  # bytes to the host and back
         self.alternatives: list[list[int]] = []
-        self.keeping: set[int] = set()  # variables
+        self.changed: set[int] = set()  # the chain's variables that do not keep
         self._make_variables()
         self.rows = list(self._rows())
 
@@ -311,8 +311,8 @@ class _Problem:
                 variables = {}
                 for mode, numbers in self.numbers[signature].items():
                     variables[mode] = len(self.cost)
-                    if mode == "keep":
-                        self.keeping.add(len(self.cost))
+                    if group >= 0 and mode != "keep":
+                        self.changed.add(len(self.cost))
                     keep = self.profile.numbers[signature]["keep"]
                     extra = numbers.forward_seconds + numbers.backward_seconds
                     extra -= keep.forward_seconds + keep.backward_seconds
@@ -522,7 +522,7 @@ class _Problem:
         return self._constant(row, chosen) + own
 
     def _constant(self, row: _Row, chosen: Collection[int]) -> int:
-        recomputes = self.whole or any(variable not in self.keeping for variable in chosen)
+        recomputes = self.whole > 0 or not self.changed.isdisjoint(chosen)
         return row.constant if recomputes else row.constant - row.again
 
     def _holders(self, row: _Row, chosen: Collection[int]) -> dict[str, int]:

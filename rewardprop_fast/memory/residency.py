@@ -125,7 +125,7 @@ class Residency:
                 self._fill(chunk)
 
     @contextmanager
-    def phase(self, name: str, then: str | None = None) -> Iterator[None]:
+    def phase(self, name: str, then: str | None = None, room: int | None = None) -> Iterator[None]:
         """Inside, the weights this phase needs are on the device and no others.
 
         They stay until another phase begins.
@@ -133,6 +133,7 @@ class Residency:
         Args:
             then: the phase that follows: what it needs besides is brought up meanwhile, as far as
                 the budget allows.
+            room: bytes on the device that may be taken for it; None is all of the budget.
 
         Raises:
             ConfigError: there is no such phase, or another one has not ended.
@@ -149,7 +150,7 @@ class Residency:
             with torch.no_grad():
                 self._enter(self._needed(name))
                 if then is not None:
-                    self._bring(self._affordable(self._needed(then)))
+                    self._bring(self._affordable(self._needed(then), room))
             with saved_tensors_hooks(self._pack, _unpack):
                 yield
         finally:
@@ -211,12 +212,15 @@ class Residency:
             if not chunk.here:
                 self._arrive(chunk)
 
-    def _affordable(self, wanted: Sequence[_Chunk]) -> list[_Chunk]:
-        found, total = [], self.resident_bytes
+    def _affordable(self, wanted: Sequence[_Chunk], room: int | None) -> list[_Chunk]:
+        found, total = [], 0
+        limits = [] if room is None else [room]
+        if self.budget_bytes is not None:
+            limits.append(self.budget_bytes - self.resident_bytes)
         for chunk in wanted:
             if chunk.buffer is None:
                 total += chunk.nbytes
-                if self.budget_bytes is not None and total > self.budget_bytes:
+                if any(total > limit for limit in limits):
                     break
                 found.append(chunk)
         return found
@@ -318,6 +322,13 @@ class _SavedWeight:
 
 def _unpack(packed: Any) -> Tensor:
     return packed.get() if isinstance(packed, _SavedWeight) else packed
+
+
+def pieces_of(
+    modules: Mapping[str, nn.Module], chunk_bytes: int = CHUNK_BYTES
+) -> list[tuple[frozenset[str], int]]:
+    """What a `Residency` of these modules moves at once: whose weights, and how many bytes."""
+    return [(chunk.owners, chunk.nbytes) for chunk in _chunks(_storages(modules), chunk_bytes)]
 
 
 def _storages(modules: Mapping[str, nn.Module]) -> list[tuple[frozenset[str], list[Tensor]]]:

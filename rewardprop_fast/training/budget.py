@@ -40,6 +40,9 @@ _RESERVE = 2**30
 #: Host memory for what is offloaded, at most this share of what is free.
 _HOST_SHARE = 0.5
 
+#: The phases of a step in order, as far as the next one may need other weights.
+_IN_ORDER = ("suffix", *TAIL_PHASES, "backward")
+
 #: Which weights each phase of a step needs.
 _PHASES = {
     **{name: {"unet"} for name in CHAIN_PHASES},
@@ -158,7 +161,17 @@ class Memory:
             if self.graphs is not None and not leaves_room(self.graphs, self.plan):
                 self.graphs.drop()
             self.applied.begin()
-        return nullcontext() if self.residency is None else self.residency.phase(name)
+        if self.residency is None:
+            return nullcontext()
+        return self.residency.phase(name, *self._ahead(name))
+
+    def _ahead(self, name: str) -> tuple[str | None, int]:
+        """The next phase, and the bytes that the plan leaves free in this one for its weights."""
+        peaks = self.plan.prediction.get("peak_bytes_by_phase", {})
+        if self.plan.budget_bytes is None or name not in peaks or name not in _IN_ORDER[:-1]:
+            return None, 0
+        following = _IN_ORDER[_IN_ORDER.index(name) + 1]
+        return following, max(0, self.plan.budget_bytes - int(peaks[name]))
 
     def reset(self) -> None:
         """After a step that did not come to its end."""

@@ -18,7 +18,7 @@ from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensorMode
 
 from rewardprop_fast import lora
 from rewardprop_fast.memory import make_fake
-from rewardprop_fast.memory.fake import RepeatingFakeMode
+from rewardprop_fast.memory.repeating import RepeatingFakeMode
 from rewardprop_fast.models.shapes import Shapes
 from rewardprop_fast.models.support import is_sdxl
 from rewardprop_fast.nn import accelerate

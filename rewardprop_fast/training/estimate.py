@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
+from itertools import count
 from typing import Any
 
 from torch import nn
@@ -24,6 +25,7 @@ from rewardprop_fast.memory.profile import (
     absent,
     profile,
 )
+from rewardprop_fast.memory.residency import pieces_of
 from rewardprop_fast.memory.scheduling.backend import COMPUTE
 from rewardprop_fast.memory.scheduling.double import Double
 from rewardprop_fast.training.dry_run import PREFIX, DryRun, gradient_steps_of
@@ -64,7 +66,7 @@ class Estimate:
             network, "unet", "vae" or "reward"; of parameters it is the network alone, or `TRAINED`.
         seconds: modelled, of the steps that were run, waiting for copies included.
         moments: bytes over the step, one entry an operation.
-        events: for `memory.replay`.
+        events: for `memory.replay`; with weights by phase these come and go in pieces.
         workspace: most bytes that an operation of the library uses for itself, on ``device``.
     """
 
@@ -112,7 +114,7 @@ def estimate(
         moments.append(Moment(double.ready[COMPUTE], nbytes, phase))
 
     away = absent(plan, pipe.unet, pipe.vae, engine.reward)
-
+    borders: list[tuple[int, str]] = []  # (events so far, phase that begins)
     tracker = MemoryTracker(nn.ModuleDict(modules), watch=see)
     held = dry.resident(optimizer)  # by this name too: the optimizer's state is nowhere else
     tracker.count(dry.trained, TRAINED)
@@ -127,6 +129,7 @@ def estimate(
         make_room(offloader, phase)
         if phase == CHAIN_BEGINS:
             applied.begin()
+        borders.append((tracker.changes, phase))
         return tracker.phase(phase)
 
     engine.watch = watch
@@ -138,6 +141,10 @@ def estimate(
     by_phase = {
         name: peak - away.get(name, 0) for name, peak in tracker.peak_by_phase.items() if name
     }
+    events = tracker.events()
+    if plan.residency == "phases":
+        weights = set().union(*(tracker.counted_as(name) for name in modules))
+        events = _by_phase(events, weights, borders, pieces_of(modules))
     highest = max(by_phase, key=by_phase.__getitem__)
     elsewhere = absent_networks(highest, plan.residency)
     return Estimate(
@@ -151,9 +158,39 @@ def estimate(
         ],
         double.ready[COMPUTE],
         moments,
-        tracker.events(),
+        events,
         workspaces.peak,
     )
+
+
+def _by_phase(
+    events: list[tuple[int, int]],
+    weights: set[int],
+    borders: list[tuple[int, str]],
+    pieces: list[tuple[frozenset[str], int]],
+) -> list[tuple[int, int]]:
+    """The events of a step whose weights come and go with its phases, instead of being there."""
+    found: list[tuple[int, int]] = []
+    names = count(1 + max((which for which, _ in events), default=0))
+    there: dict[int, int] = {}  # piece -> its name among the events
+
+    def enter(phase: str) -> None:
+        away = absent_networks(phase, "phases")
+        for number, (owners, nbytes) in enumerate(pieces):
+            if owners <= away and number in there:
+                found.append((there.pop(number), -nbytes))
+        for number, (owners, nbytes) in enumerate(pieces):
+            if not owners <= away and number not in there:
+                there[number] = next(names)
+                found.append((there[number], nbytes))
+
+    begun = 0
+    for end, phase in [*borders, (len(events), "")]:
+        found += [event for event in events[begun:end] if event[0] not in weights]
+        if phase:
+            enter(phase)
+        begun = end
+    return found
 
 
 def absent_networks(phase: str, residency: str) -> set[str]:
@@ -230,7 +267,7 @@ def made_for(dry: DryRun) -> dict[str, Any]:
 
 
 def prediction(planned: Planned, exact: Estimate | None = None) -> dict[str, Any]:
-    """What is expected of a plan, as data: composed of parts, or of an exact run where there was one."""
+    """What is expected of a plan, as data: composed from parts, or as an exact run found it."""
     found = planned if exact is None else exact
     return {
         "peak_bytes": found.peak,

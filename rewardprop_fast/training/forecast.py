@@ -57,8 +57,7 @@ class Forecast:
     Attributes:
         planned: the plan, its modelled time and its peak as composed from parts.
         exact: of the planned step run as a whole on fake tensors; None where that was left out.
-        reserved: what the caching allocator would take for it, where ``exact`` is there and all
-            weights stay on the device.
+        reserved: what the caching allocator would take for it, where ``exact`` is there.
         workspace: most bytes that an operation of the library uses for itself.
         holders: who holds what at the peak, (name for people, bytes), the largest first.
         timeline: (seconds, bytes, phase) over the step, in which of the steps without gradients two
@@ -119,11 +118,10 @@ def forecast(
         found = estimate(dry, planned.plan, device)
     say("Trying other budgets ...")
     alternatives = [_alternative(planner, budget) for budget in others]
-    resident = planned.plan.residency == "all"
     return Forecast(
         planned,
         found,
-        replay(found.events) if found is not None and resident else None,
+        None if found is None else replay(found.events),
         profiled.workspace if found is None else found.workspace,
         _composed_holders(planned, profiled) if found is None else _holders(found.holdings),
         composed_timeline(planned) if found is None else timeline(found),

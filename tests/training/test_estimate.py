@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from contextlib import ExitStack
+from itertools import accumulate
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from rewardprop_fast.errors import ConfigError
-from rewardprop_fast.memory import MemoryTracker, find_device
+from rewardprop_fast.memory import MemoryTracker, find_device, replay
 from rewardprop_fast.memory.plan import Plan, Policy
 from rewardprop_fast.memory.planner import BudgetError, Limits
 from rewardprop_fast.memory.scheduling.double import Double
@@ -169,7 +170,6 @@ def test_a_plan_composed_of_parts_is_never_over_its_budget_when_it_is_run(
         ("sd", DRaFT(1), {}),
         ("sd", DRaFT(4), {"eta": 1.0}),
         ("sdxl", DRaFT(2), {}),
-        ("sd", DRTune(3), {}),
     ],
     ids=str,
 )
@@ -183,8 +183,11 @@ def test_steps_run_again_as_a_whole_are_composed_to_a_few_latents(
     k = gradient_steps_of(dry.config)
     most = 5 * profile.step_output + max(1, k - 2) * latents
     for problem in planner_for(dry, profile, Limits(None))._every_problem():
-        for mode in ("keep", "block"):
-            chosen = {modes.get(mode, modes["keep"]) for modes in problem.choice.values()}
+        for mode in ("keep", "block") if problem.whole else ():
+            chosen = {
+                modes[mode if group >= 0 and mode in modes else "keep"]
+                for (group, _), modes in problem.choice.items()
+            }
             composed = problem._planned(chosen, 0.0, None)
             found = estimate(dry, composed.plan, CARD)
             assert 0 <= composed.peak - found.peak <= most, (problem.whole, mode)
@@ -210,6 +213,11 @@ def test_weights_by_phase_are_taken_off_where_they_are_away(pipeline: Any, tmp_p
     assert away.by_phase["backward"] < there.by_phase["backward"]
     for found in (there, away):
         assert sum(holding.nbytes for holding in found.holdings) == found.peak
+        # what an allocator is asked for is that too; weights that move are padded to 512 bytes
+        live = list(accumulate(nbytes for _, nbytes in found.events))
+        assert 0 <= max(live) - found.peak <= (0 if found is there else 512 * 400)
+        assert replay(found.events).peak_reserved >= found.peak
+    assert replay(away.events).peak_reserved < replay(there.events).peak_reserved
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from rewardprop_fast import RewardPropTrainer
 from rewardprop_fast.errors import ConfigError
 from rewardprop_fast.memory.plan import Plan, Policy
 from rewardprop_fast.memory.planner import Limits
+from rewardprop_fast.memory.scheduling.backend import COMPUTE
 from rewardprop_fast.memory.scheduling.double import Double
 from rewardprop_fast.methods import DRaFT
 from rewardprop_fast.models import load_bundled
@@ -107,6 +109,53 @@ def test_gradients_are_the_same_to_the_last_bit(trainer: RewardPropTrainer, plan
         del trainer.engine.watch
     after = gradients(trainer)
     assert all(torch.equal(after[name], gradient) for name, gradient in expected.items())
+
+
+class Ahead:
+    """A phase that takes some time; notes the weights that are beside its own meanwhile."""
+
+    def __init__(self, name: str, memory: budget.Memory, device: Double, found: dict[str, int]):
+        self.name, self.memory, self.device, self.found = name, memory, device, found
+        self.phase = memory.phase(name)
+
+    def __enter__(self) -> None:
+        self.phase.__enter__()
+        residency = self.memory.residency
+        self.found[self.name] = residency.resident_bytes - residency.bytes_of(self.name)
+        self.device.compute(0.02)
+
+    def __exit__(self, *error: Any) -> None:
+        self.phase.__exit__(*error)
+
+
+def test_weights_come_up_ahead_as_far_as_the_plan_leaves_room(trainer: RewardPropTrainer) -> None:
+    expected = gradients(trainer)
+    ends, ahead = [], []
+    for room in (0, 2, 64):  # MiB beside the peak of each phase
+        device = Double(256 * MIB, 256 * MIB, 2e8, 2e8)
+        peaks = dict.fromkeys(("suffix", "decode", "reward", "decode_backward"), 100 * MIB)
+        plan = Plan(
+            residency="phases",
+            budget_bytes=(100 + room) * MIB,
+            prediction={"peak_bytes_by_phase": peaks},
+        )
+        memory = at_work(plan, trainer, device)
+        found: dict[str, int] = {}
+        trainer.engine.watch = partial(Ahead, memory=memory, device=device, found=found)
+        try:
+            got = gradients(trainer)
+            assert all(torch.equal(got[name], gradient) for name, gradient in expected.items())
+            assert device.violations == []
+            assert all(nbytes <= room * MIB for nbytes in found.values())
+            assert found["prefix"] == found["backward"] == 0
+            ahead.append(found["suffix"] + found["decode_backward"])
+            ends.append(device.ready[COMPUTE])
+        finally:
+            memory.close()
+            del trainer.engine.watch
+    assert ahead[0] == 0 < ahead[2]
+    assert ahead == sorted(ahead)
+    assert ends[2] < ends[0]  # copies lie beside the computation, which waited for them before
 
 
 def test_a_cpu_refuses_a_plan_that_moves_anything(trainer: RewardPropTrainer) -> None:
