@@ -133,7 +133,7 @@ class DryRun:
             prefix: most UNet calls without gradients.
         """
         batch, engine = self.config.batch_size, self.engine
-        draws = DryDraws(0, 0, tuple(range(batch)))
+        draws = DryDraws(0, 0, tuple(range(batch)), self.config.sampling.steps)
         config, schedule = engine.config, engine.schedule
         k = gradient_steps_of(self.config) if gradient_steps is None else gradient_steps
         count = min(len(schedule), k + prefix)
@@ -188,14 +188,24 @@ def gradient_steps_of(config: TrainConfig) -> int:
     return config.method.gradient_steps(config.sampling.steps)
 
 
+@dataclass(frozen=True)
 class DryDraws(Draws):
-    """Draws whose numbers are known without being drawn: those in the middle."""
+    """Draws whose numbers are known without being drawn: those in the middle.
+
+    Attributes:
+        all_steps: noise is there for so many steps, though fewer are run; 0 is those asked for.
+    """
+
+    all_steps: int = 0
 
     def uniform(self) -> float:
         return 0.5
 
     def uniforms(self, count: int) -> list[float]:
         return [0.5] * count
+
+    def step_noise(self, steps: int, shape: Sequence[int]) -> Tensor:
+        return super().step_noise(max(steps, self.all_steps), shape)
 
 
 class _Encoder:

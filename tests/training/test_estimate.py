@@ -168,7 +168,7 @@ def test_a_plan_composed_of_parts_is_never_over_its_budget_when_it_is_run(
     ("kind", "method", "sampling"),
     [
         ("sd", DRaFT(1), {}),
-        ("sd", DRaFT(4), {"eta": 1.0}),
+        ("sd", DRaFT(3), {"eta": 1.0}),
         ("sdxl", DRaFT(2), {}),
     ],
     ids=str,
@@ -194,6 +194,17 @@ def test_steps_run_again_as_a_whole_are_composed_to_a_few_latents(
             for phase in ("decode", "decode_backward", "backward"):
                 more = composed.by_phase[phase] - found.by_phase[phase]
                 assert 0 <= more <= most, (problem.whole, mode, phase)
+
+
+def test_noise_of_every_step_is_counted_though_few_are_run(pipeline: Any, tmp_path: Any) -> None:
+    peaks = []
+    for steps in (9, 20):
+        sampling = {"steps": steps, "eta": 1.0, "height": 64, "width": 64}
+        trainer = make(pipeline("sd"), DRaFT(1), tmp_path, sampling=sampling)
+        dry = DryRun.of_pipeline(trainer.pipe, trainer.reward, trainer.config)
+        peaks.append(estimate(dry, Plan(), CARD, optimizer=False).peak)
+    assert max(real(trainer).values()) == pytest.approx(peaks[1], rel=1e-3)
+    assert peaks[1] - peaks[0] >= 11 * 4 * 2 * math.prod(dry.engine.latent_shape)
 
 
 def test_a_random_number_of_steps_is_planned_at_its_most(pipeline: Any, tmp_path: Any) -> None:
