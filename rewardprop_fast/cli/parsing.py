@@ -36,9 +36,16 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Exit 2 with one message, which names the closest choice."""
-        wrong = re.search(r"invalid choice: '(.*?)' \(choose from (.*)\)", message)
-        if wrong:
-            message = choices(wrong[1], re.findall(r"[\w-]+", wrong[2]))
+        option = re.match(r"argument (?:-\w, ?)?(--[\w-]+): ", message)
+        title = option[1] if option else ""
+        if wrong := re.search(r"invalid choice: '(.*?)' \(choose from (.*)\)", message):
+            allowed = choices(wrong[1], re.findall(r"[\w-]+", wrong[2]))
+            message = f"{title}: {allowed}" if title else allowed
+        elif option and (wrong := re.search(r"invalid (int|float) value: (.*)", message)):
+            kind = "a whole number" if wrong[1] == "int" else "a number"
+            message = f"{title} is {wrong[2]}; allowed: {kind}"
+        elif option and message.endswith("expected one argument"):
+            message = f"{title} has no value; one that begins with - is written {title}=VALUE"
         end = "" if message.endswith((".", "?")) else "."
         raise ConfigError(f"{message}{end} `{self.prog} --help` explains.")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from argparse import Namespace
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -177,7 +178,7 @@ def _check(args: Namespace) -> None:
         value = getattr(args, option)
         if value is not None and value < 1:
             raise ConfigError(f"--{option} is {value}; allowed: a whole number from 1.")
-    if args.guidance is not None and not args.guidance >= 0:
+    if args.guidance is not None and not 0 <= args.guidance < math.inf:
         raise ConfigError(f"--guidance is {args.guidance}; allowed: a number from 0.")
 
 
@@ -223,6 +224,8 @@ def _locate(model: str) -> None:
 
     if model in UNETS:
         return
+    if not model.strip():
+        raise ConfigError(f"--model is empty; allowed: {', '.join(UNETS)}, bundled, or a folder.")
     try:
         locate(model)
     except ModelError as error:
