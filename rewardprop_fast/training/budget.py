@@ -90,7 +90,8 @@ def available(device: torch.device, *there: Any) -> int:
         free, _ = torch.cuda.mem_get_info(device)
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return free + unused + taken - _RESERVE
-    # On a CPU the packed copies of frozen weights come on top, twice what they are copies of.
+    # On a CPU the packed copies of frozen weights come on top: at most one for the forward pass and
+    # one for the gradient, which of a large weight is not kept where a chain has one step with one.
     return free_host_memory() + taken - 2 * sum(_convolutions(one) for one in there) - _RESERVE
 
 

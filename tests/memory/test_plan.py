@@ -207,3 +207,13 @@ def test_a_rule_that_names_nothing_is_refused_with_what_there_is() -> None:
     )
     with pytest.raises(ConfigError, match=r"\(none\).*such as 'unet.mid_block.\*'"):
         check_rules({"resnet": Policy.KEEP}, [], [], "Rules")
+
+
+def test_what_a_file_foretells_is_for_people_whatever_its_names() -> None:
+    """Files of before have other names there; they are read, and obeyed."""
+    plan = Plan(({"resnet": Policy.RECOMPUTE},), budget_bytes=2**30)
+    data = json.loads(plan.to_json())
+    data["for"], data["prediction"] = {"lora_rank": 4}, {"peak_by_phase": {"decode": 7}}
+    read = Plan.from_json(json.dumps(data))
+    assert (read.steps, read.budget_bytes) == (plan.steps, plan.budget_bytes)
+    assert read.prediction == {"peak_by_phase": {"decode": 7}}
