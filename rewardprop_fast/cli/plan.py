@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from rewardprop_fast.cli.plan_question import Question
 
 _MORE = """\
-The step runs on tensors without memory: no weights, no GPU, under a minute.
+The step runs on tensors without memory: no weights, no GPU, about a minute.
 Bytes are those of the real step; times are modelled from the card's data."""
 
 _EPILOG = """\
