@@ -18,7 +18,7 @@ from benchmarks.cases import layer_cases
 from benchmarks.cases.protocol import Case
 from benchmarks.static_gpu import launches, sources, traffic, workers
 from benchmarks.static_gpu.compiling import CACHE, Resources, resources
-from benchmarks.static_gpu.devices import DEVICES, RTX_3090, Device
+from benchmarks.static_gpu.devices import DEVICES, Device
 from benchmarks.static_gpu.launches import CaseLaunches, PlainLaunch
 from benchmarks.static_gpu.model import Cache, Modelled, model
 from benchmarks.static_gpu.signature import Configuration
@@ -47,8 +47,8 @@ SCENARIOS = (
 )
 
 
-#: Times and bytes are modelled in the first dtype; in the others kernels are only compiled.
-_MODELLED, _COMPILED = torch.bfloat16, (torch.float16, torch.float32)
+#: Every launch in each of them, on every architecture.
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 @dataclass(frozen=True)
@@ -89,21 +89,14 @@ class Found:
 
 
 def record(scenarios: Iterable[Scenario]) -> list[tuple[str, CaseLaunches]]:
-    """Every launch in bfloat16 on every architecture.
-
-    The other dtypes are recorded once for each network: on the reference card, at the first size.
-    """
-    found = []
-    networks = set()
-    for scenario in scenarios:
-        plans = [(_MODELLED, device.arch) for device in DEVICES]
-        if scenario.network not in networks:
-            plans += [(dtype, RTX_3090.arch) for dtype in _COMPILED]
-            networks.add(scenario.network)
-        for dtype, arch in plans:
-            recorded = launches.of_cases(scenario.cases(), dtype, arch)
-            found += [(scenario.name, one) for one in recorded]
-    return found
+    """Every launch in every dtype on every architecture."""
+    return [
+        (scenario.name, one)
+        for scenario in scenarios
+        for dtype in DTYPES
+        for device in DEVICES
+        for one in launches.of_cases(scenario.cases(), dtype, device.arch)
+    ]
 
 
 def collect(
@@ -112,7 +105,7 @@ def collect(
     cores: int | None = None,
     progress: Callable[[str, int, int], None] = lambda *_: None,
 ) -> Found:
-    """Compile and count each distinct launch once, then model every pass in bfloat16.
+    """Compile and count each distinct launch once, then model every pass.
 
     ``progress(what, done, of)`` is called as the work goes on.
     """
@@ -130,15 +123,10 @@ def collect(
             configurations[key] = launch.configuration
             operators.setdefault(key, set()).add(one.case.operator)
             jobs[key, one.arch] = launch.configuration
-            if one.dtype == _MODELLED:
-                distinct.setdefault(launch.key, launch)
+            distinct.setdefault(launch.key, launch)
     compiled = _compile(jobs, cores, progress)
     counted = _count(distinct, cores, progress)
-    rows = [
-        _row(name, one, compiled, counted)
-        for name, one in recorded
-        if one.launches and one.dtype == _MODELLED
-    ]
+    rows = [_row(name, one, compiled, counted) for name, one in recorded if one.launches]
     return Found(configurations, compiled, operators, rows, list(refused))
 
 

@@ -7,7 +7,7 @@ backward, through the public function: what is listed is what a GPU would run.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
 
@@ -50,8 +50,17 @@ class PlainLaunch:
 
     @property
     def key(self) -> tuple[Any, ...]:
-        """Equal for launches that move the same bytes in the same way."""
-        return (self.configuration.key, self.grid, tuple(sorted(self.arguments.items())))
+        """Equal for launches that move the same bytes in the same way, in whichever 16 bits."""
+        one = self.configuration
+        arguments = tuple((name, _counted(value)) for name, value in sorted(self.arguments.items()))
+        return (one.module, one.kernel, self.grid, tuple(sorted(one.constexprs.items())), arguments)
+
+
+def _counted(argument: Any) -> Any:
+    """An argument as far as it matters to the bytes that are moved."""
+    if isinstance(argument, TensorArgument) and argument.dtype == "float16":
+        return replace(argument, dtype="bfloat16")
+    return argument
 
 
 @dataclass(frozen=True)

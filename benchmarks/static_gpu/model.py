@@ -82,9 +82,11 @@ def model(
         for name, stream in traffic.streams.items()
     )
     flops = traffic.flops * traffic.programs
-    peak = {"tf32": device.peak_tf32, "float32": device.peak_float32}.get(
-        traffic.operand, device.peak_16bit
-    )
+    peak = {
+        "tf32": device.peak_tf32,
+        "tf32x3": device.peak_tf32 / 3,  # three products for one, nearly exact
+        "float32": device.peak_float32,
+    }.get(traffic.operand, device.peak_16bit)
     compute = flops / peak * unevenness(traffic.programs, wave, device)
     # Memory is shared by all: it is only slow to drain while multiprocessors stand idle.
     memory = moved / device.bandwidth * max(1.0, device.multiprocessors / max(1, traffic.programs))

@@ -55,7 +55,7 @@ class Traffic:
 
     programs: int
     flops: float  # of one program's products, padding included
-    operand: str  # dtype of the products' operands: "bfloat16", "tf32", "float32", or "" for none
+    operand: str  # of products: "bfloat16" (any 16 bits), "tf32", "tf32x3", "float32", "" for none
     streams: dict[str, Stream]
 
 
@@ -168,8 +168,10 @@ class _Counter:
         from triton.runtime.interpreter import TensorHandle
 
         self.flops += 2.0 * d.data.size * a.data.shape[-1]
-        float32 = "float32" if "IEEE" in str(precision).upper() else "tf32"
-        self.operand = {"bf16": "bfloat16", "fp16": "float16"}.get(str(a.dtype.scalar), float32)
+        named = str(precision).upper()
+        float32 = "float32" if "IEEE" in named else "tf32x3" if "TF32X3" in named else "tf32"
+        sixteen = str(a.dtype.scalar) in ("bf16", "fp16")
+        self.operand = "bfloat16" if sixteen else float32
         return TensorHandle(np.zeros_like(d.data), d.dtype.scalar)
 
 

@@ -341,6 +341,9 @@ def test_time_is_the_larger_of_products_and_bytes() -> None:
     light = model(replace(heavy, flops=0.0), needs, 4, RTX_3090)
     assert (light.bound, light.seconds) == ("memory", pytest.approx(820e6 / 936e9))
     assert model(replace(heavy, operand="float32"), needs, 4, RTX_3090).seconds > found.seconds
+    once = model(replace(heavy, operand="tf32"), needs, 4, RTX_3090).seconds
+    thrice = model(replace(heavy, operand="tf32x3"), needs, 4, RTX_3090).seconds
+    assert thrice == pytest.approx(3 * once)
 
 
 @pytest.mark.parametrize(

@@ -9,16 +9,12 @@ from rewardprop_fast.ops import triton_runtime
 from rewardprop_fast.ops.attention.reference import Needed
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-#: float32 tiles of wider heads, three times split for tensor cores, do not fit into shared memory.
-_MAX_FLOAT32_WIDTH = 256
 
 
 def why_not(q: Tensor, k: Tensor, v: Tensor, scale: float) -> str | None:
     """None where this form is legal, otherwise the reason it is not."""
     if q.dtype not in _DTYPES:
         return f"q is {q.dtype}, it takes float32, bfloat16 and float16"
-    if q.dtype == torch.float32 and q.shape[-1] > _MAX_FLOAT32_WIDTH:
-        return f"in float32 it takes heads up to {_MAX_FLOAT32_WIDTH} wide"
     return triton_runtime.why_not(q, k, v)
 
 

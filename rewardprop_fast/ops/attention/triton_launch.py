@@ -14,6 +14,7 @@ import triton
 from torch import Tensor
 
 from rewardprop_fast.ops.attention import triton_kernels as kernels
+from rewardprop_fast.ops.attention import triton_wide as wide
 from rewardprop_fast.ops.attention.reference import Needed, gradients_like, token_major
 from rewardprop_fast.ops.triton_runtime import launch
 
@@ -28,6 +29,9 @@ _CHUNK_ROWS = 768
 _UNIT = 8
 _SUM_BLOCK = 1024
 _DELTA_ROWS = 32
+#: Float32 heads above this width have kernels of their own, which take so many columns at a time.
+_WIDE = 256
+_WIDE_COLUMNS, _WIDE_KEYS_COLUMNS = 64, 32
 
 
 @dataclass(frozen=True)
@@ -43,12 +47,11 @@ class Tiles:
 def forward(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     out = token_major(q)
     lse = q.new_empty(q.shape[:-1], dtype=torch.float32)
-    resident = _fits_resident_forward(q, k)
-    tiles = _resident_forward_tiles(q) if resident else _forward_tiles(q)
+    kernel, tiles, parts = _forward_form(q, k)
     across = triton.cdiv(q.shape[2], tiles.m)
     unit = _unit(q, k, v, out)
     launch(
-        kernels.forward_resident_kernel if resident else kernels.forward_kernel,
+        kernel,
         (across * q.shape[0] * q.shape[1],),
         {
             **_strided(unit, q=q, k=k, v=v, out=out),
@@ -58,9 +61,8 @@ def forward(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tens
             "tiles": across,
         },
         {
-            **_parts(q.shape[3]),
+            **parts,
             "M": tiles.m,
-            **(_resident_parts(k) if resident else _tile_parts(k, tiles)),
             "UNIT": unit,
             "PRECISION": _precision(q),
         },
@@ -132,7 +134,7 @@ def _grad_keys(
     dv = grads[2] if needed[2] else v
     unit = _unit(q, k, v, grad, dk, dv)
     launch(
-        kernels.grad_keys_kernel,
+        wide.wide_grad_keys_kernel if _is_wide(q) else kernels.grad_keys_kernel,
         (across * q.shape[0] * q.shape[1],),
         {
             **_strided(unit, q=q, k=k, v=v, grad=grad, dk=dk, dv=dv),
@@ -170,7 +172,7 @@ def _grad_queries(
     across = triton.cdiv(q.shape[2], tiles.m)
     unit = _unit(q, k, v, grad, dq)
     launch(
-        kernels.grad_queries_kernel,
+        wide.wide_grad_queries_kernel if _is_wide(q) else kernels.grad_queries_kernel,
         (across * q.shape[0] * q.shape[1],),
         {
             **_strided(unit, q=q, k=k, v=v, grad=grad, dq=dq),
@@ -181,9 +183,12 @@ def _grad_queries(
             "tiles": across,
         },
         {
-            **_parts(q.shape[3]),
+            **(
+                {**_wide_parts(q.shape[3]), "N": tiles.n}
+                if _is_wide(q)
+                else {**_parts(q.shape[3]), **_tile_parts(k, tiles)}
+            ),
             "M": tiles.m,
-            **_tile_parts(k, tiles),
             "UNIT": unit,
             "PRECISION": _precision(q),
         },
@@ -289,9 +294,15 @@ def _parts(width: int) -> dict[str, int]:
     return {"D": width, "A": a, "B": b}
 
 
+def _wide_parts(width: int, columns: int = _WIDE_COLUMNS) -> dict[str, int]:
+    return {"D": width, "W": triton.next_power_of_2(width), "C": columns}
+
+
 def _grad_keys_parts(q: Tensor) -> dict[str, int]:
     """In float32 a width such as 80, split, spills with every tile; filled up it does not."""
     width = q.shape[3]
+    if _is_wide(q):
+        return _wide_parts(width, _WIDE_KEYS_COLUMNS)
     padded = q.dtype == torch.float32 and 64 < width <= 128
     return {"D": width, "A": 128, "B": 0} if padded else _parts(width)
 
@@ -324,6 +335,22 @@ def _precision(q: Tensor) -> str:
 _RESIDENT_BACKWARD_TILES = Tiles(32, 0, 8, 1)
 
 
+def _is_wide(q: Tensor) -> bool:
+    return q.dtype == torch.float32 and q.shape[3] > _WIDE
+
+
+def _forward_form(q: Tensor, k: Tensor) -> tuple[Any, Tiles, dict[str, Any]]:
+    """The kernel, its tiles, and how it divides width and keys."""
+    width = q.shape[3]
+    if _fits_resident_forward(q, k):
+        parts = {**_parts(width), **_resident_parts(k)}
+        return kernels.forward_resident_kernel, _resident_forward_tiles(q), parts
+    tiles = _forward_tiles(q)
+    if _is_wide(q):
+        return wide.wide_forward_kernel, tiles, {**_wide_parts(width), "N": tiles.n}
+    return kernels.forward_kernel, tiles, {**_parts(width), **_tile_parts(k, tiles)}
+
+
 def _fits_resident_forward(q: Tensor, k: Tensor) -> bool:
     widest = _RESIDENT_WIDTH if q.dtype == torch.float32 else _RESIDENT_FORWARD_WIDTH
     return k.shape[2] <= _RESIDENT_KEYS and q.shape[3] <= widest
@@ -339,7 +366,9 @@ def _forward_tiles(q: Tensor) -> Tiles:
     if q.dtype == torch.float32:
         if width <= 64:
             return Tiles(64, 32, 4, 1)
-        return Tiles(64, 16, 4, 1) if width <= 96 else Tiles(16, 16, 8, 1)
+        if width <= 96:
+            return Tiles(64, 16, 4, 1)
+        return Tiles(16, 16, 8, 1) if width <= _WIDE else Tiles(32, 16, 8, 1)
     if width <= 96:
         return Tiles(128, 64, 8, 2)
     if width <= 160:
@@ -373,7 +402,9 @@ def _grad_queries_tiles(q: Tensor) -> Tiles:
     if q.dtype == torch.float32:
         if width <= 64:
             return Tiles(32, 32, 4, 1)
-        return Tiles(32, 16, 4, 1) if width <= 96 else Tiles(16, 16, 4, 1)
+        if width <= 96:
+            return Tiles(32, 16, 4, 1)
+        return Tiles(16, 16, 4, 1) if width <= _WIDE else Tiles(32, 16, 8, 1)
     if width <= 64:
         return Tiles(64, 64, 4, 2)
     if width <= 160:
