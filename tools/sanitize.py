@@ -10,15 +10,11 @@ tests run that this module has a part in.
 from __future__ import annotations
 
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
 
-import pybind11
-
-from rewardprop_fast.ops.sources import fingerprint
-from rewardprop_fast.version import __version__
+from tools.native_build import build
 
 ROOT = Path(__file__).resolve().parents[1]
 BUILD = ROOT / "build" / "sanitize"
@@ -49,7 +45,7 @@ sys.meta_path.insert(0, Finder())
 
 def main(arguments: list[str]) -> int:
     """The exit status of pytest."""
-    module = build()
+    module = build(ROOT, BUILD, "-DREWARDPROP_SANITIZE=ON")
     site = BUILD / "site"
     site.mkdir(exist_ok=True)
     (site / "sitecustomize.py").write_text(SITE.format(module=str(module)), encoding="utf-8")
@@ -74,25 +70,6 @@ def main(arguments: list[str]) -> int:
     options = ["-p", "no:cacheprovider", "--capture=sys"]
     command = [sys.executable, "-m", "pytest", *options, *(arguments or TESTS)]
     return subprocess.run(command, cwd=ROOT, env=environment).returncode
-
-
-def build() -> Path:
-    """The module's file; only what has changed is compiled."""
-    scripts = Path(sys.executable).parent
-    cmake, ninja = (shutil.which(tool, path=scripts) or tool for tool in ("cmake", "ninja"))
-    configure = [
-        *(cmake, "-S", str(ROOT), "-B", str(BUILD), "-G", "Ninja"),
-        f"-DCMAKE_MAKE_PROGRAM={ninja}",
-        "-DCMAKE_BUILD_TYPE=Release",
-        f"-DPython_EXECUTABLE={sys.executable}",
-        f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
-        f"-DREWARDPROP_VERSION={__version__}",
-        f"-DREWARDPROP_SOURCES={fingerprint('_native')}",
-        "-DREWARDPROP_SANITIZE=ON",
-    ]
-    subprocess.run(configure, check=True)
-    subprocess.run([cmake, "--build", str(BUILD), "--parallel"], check=True)
-    return next(BUILD.glob("_native*.so"))
 
 
 def library(name: str) -> str:
