@@ -1,4 +1,4 @@
-"""The CPU's compiled module, built aside: with a sanitizer, or from sources with a fault in them."""
+"""The CPU's compiled module, built aside: with a sanitizer, or of sources with a fault in them."""
 
 from __future__ import annotations
 

@@ -47,8 +47,11 @@ SCENARIOS = (
 )
 
 
-#: Every launch in each of them, on every architecture.
+#: Every launch in each of them is compiled, for every architecture.
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+#: Times and bytes are modelled in these; bytes are counted once for both, whose tiles are alike.
+MODELLED = (torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True)
@@ -105,7 +108,7 @@ def collect(
     cores: int | None = None,
     progress: Callable[[str, int, int], None] = lambda *_: None,
 ) -> Found:
-    """Compile and count each distinct launch once, then model every pass.
+    """Compile and count each distinct launch once, then model every pass in 16 bits.
 
     ``progress(what, done, of)`` is called as the work goes on.
     """
@@ -123,10 +126,15 @@ def collect(
             configurations[key] = launch.configuration
             operators.setdefault(key, set()).add(one.case.operator)
             jobs[key, one.arch] = launch.configuration
-            distinct.setdefault(launch.key, launch)
+            if one.dtype in MODELLED:
+                distinct.setdefault(launch.key, launch)
     compiled = _compile(jobs, cores, progress)
     counted = _count(distinct, cores, progress)
-    rows = [_row(name, one, compiled, counted) for name, one in recorded if one.launches]
+    rows = [
+        _row(name, one, compiled, counted)
+        for name, one in recorded
+        if one.launches and one.dtype in MODELLED
+    ]
     return Found(configurations, compiled, operators, rows, list(refused))
 
 

@@ -14,6 +14,7 @@ from benchmarks.static_gpu.devices import DEVICES, SHARED_LIMITS
 
 RESULTS = Path("benchmarks/results")
 _ARCHES = tuple(SHARED_LIMITS)
+_ARCHITECTURES = ", ".join(f"{arch // 10}.{arch % 10}" for arch in _ARCHES)
 
 
 def build(found: Found, cuda: list[dict[str, Any]], versions: dict[str, Any]) -> dict[str, Any]:
@@ -214,47 +215,46 @@ def _explanation() -> str:
         "addresses alone (benchmarks/static_gpu/traffic.py, model.py). u is one activation tensor "
         "read or written once; the floor moves every tensor once. n: calls in one forward pass. "
         "floor, moved and ratio are for the RTX 3090. Times in µs; c: bound by compute, m: by "
-        "memory."
+        "memory. Two numbers in a cell are those of bfloat16 and float16; one holds for both. "
+        "float32 is compiled alone."
     )
 
 
 def _operator(report: dict[str, Any], operator: str) -> str:
     rows = [row for row in report["passes"] if row["operator"] == operator]
     names = [device.name for device in DEVICES]
-    by_case: dict[tuple[str, ...], dict[str, dict[str, Any]]] = {}
+    by_case: dict[tuple[str, ...], dict[str, dict[str, dict[str, Any]]]] = {}
     for row in rows:
-        key = (row["scenario"], row["case"], row["dtype"], row["phase"])
-        by_case.setdefault(key, {})[row["device"]] = row
+        key = (row["scenario"], row["case"], row["phase"])
+        by_case.setdefault(key, {}).setdefault(row["dtype"], {})[row["device"]] = row
     cells = []
-    for (scenario, case, dtype, phase), found in by_case.items():
-        if dtype != "bfloat16":
-            continue
-        first = found[names[0]]
-        times = [
-            f"{found[n]['microseconds']:.1f} {found[n]['bound'][0]}" for n in names if n in found
-        ]
+    for (scenario, case, phase), by_dtype in by_case.items():
+        each = [_figures(found, names) for found in by_dtype.values()]
+        count = next(iter(by_dtype.values()))[names[0]]["count"]
         cells.append(
-            (
-                scenario,
-                case,
-                first["count"],
-                phase,
-                f"{first['floor_units']:.2f}",
-                f"{first['moved_units']:.2f}",
-                f"{first['bytes_over_floor']:.2f}",
-                *times,
-            )
+            (scenario, case, count, phase, *(_each(cell) for cell in zip(*each, strict=True)))
         )
     head = ("network", "case", "n", "pass", "floor u", "moved u", "ratio", *names)
-    return f"### {operator}, bfloat16\n\n" + table(head, cells, 2)
+    dtypes = " and ".join(dict.fromkeys(row["dtype"] for row in rows))
+    return f"### {operator}, {dtypes}\n\n" + table(head, cells, 2)
+
+
+def _figures(found: dict[str, dict[str, Any]], names: list[str]) -> tuple[str, ...]:
+    """Of one pass of one case in one dtype: bytes on the reference card, times on each."""
+    first = found[names[0]]
+    return (
+        f"{first['floor_units']:.2f}",
+        f"{first['moved_units']:.2f}",
+        f"{first['bytes_over_floor']:.2f}",
+        *(f"{found[name]['microseconds']:.1f} {found[name]['bound'][0]}" for name in names),
+    )
 
 
 def _scope(report: dict[str, Any]) -> str:
     text = (
-        "Compiled: in bfloat16 every launch of the networks and sizes above for all four "
-        "architectures; in float16 and float32 those of the first size of each network, for 8.6 "
-        "alone. Tensors are as diffusers has them: images in channels_last, a LoRA of rank 16 on "
-        "the attention projections, float32 masters of its weights."
+        "Compiled: every launch of the networks and sizes above in bfloat16, float16 and float32, "
+        "for all four architectures. Tensors are as diffusers has them: images in channels_last, a "
+        "LoRA of rank 16 on the attention projections, float32 masters of its weights."
     )
     if not report["refused"]:
         return text
@@ -265,8 +265,9 @@ def _scope(report: dict[str, Any]) -> str:
 
 def _legend() -> str:
     return (
-        "One row per kernel and set of compile-time values. Several numbers in a cell are those of "
-        "the architectures in the column sm, in this order; one number holds for all of them. "
+        "One row per kernel and set of compile-time values, for the network's dtypes of which all "
+        "of it holds. Several numbers in a cell are those of compute capability "
+        f"{_ARCHITECTURES}, in this order; one number holds for all of them. "
         "MMA: tensor-core instructions of a warp as written in the machine code, those in loops, "
         "and what the tiles of its products need; more than needed means an unrolled loop or "
         "repeated work. copies: asynchronous copies, as written."
@@ -274,17 +275,16 @@ def _legend() -> str:
 
 
 def _kernels(report: dict[str, Any], operator: str) -> str:
-    rows = []
+    rows: dict[tuple[str, ...], dict[str, None]] = {}  # what holds -> in which dtypes
     for one in report["configurations"].values():
         if operator not in one["operators"]:
             continue
-        found = [one["resources"][str(a)] for a in _ARCHES if str(a) in one["resources"]]
-        rows.append(
+        found = [one["resources"][str(arch)] for arch in _ARCHES]
+        rows.setdefault(
             (
                 one["kernel"],
                 _constants(one),
                 f"{one['num_warps']}/{one['num_stages']}",
-                " ".join(str(a) for a in _ARCHES if str(a) in one["resources"]),
                 _each(f["registers"] for f in found),
                 _each(f["spill_instructions"] for f in found),
                 _each(f"{f['shared_bytes'] / 1024:.1f}" for f in found),
@@ -296,24 +296,31 @@ def _kernels(report: dict[str, Any], operator: str) -> str:
                     for f in found
                 ),
                 _each(f["async_copies"] for f in found),
-            )
-        )
+            ),
+            {},
+        )[_network_dtype(one)] = None
     head = (
         "kernel",
+        "dtype",
         "compile-time values",
         "warps/stages",
-        "sm",
         "registers",
         "spills",
         "shared KiB",
         "MMA, in loops, theory",
         "copies",
     )
-    return f"### {operator}\n\n" + table(head, rows, 2)
+    cells = [(kernel, " ".join(dtypes), *rest) for (kernel, *rest), dtypes in rows.items()]
+    return f"### {operator}\n\n" + table(head, cells, 3)
+
+
+def _network_dtype(one: dict[str, Any]) -> str:
+    """What the network computes in: beside 16 bits there may be float32 sums and masters."""
+    return next((dtype for dtype in one["dtypes"] if dtype != "fp32"), "fp32")
 
 
 def _constants(one: dict[str, Any]) -> str:
-    return ", ".join([*one["dtypes"], *(f"{k}={v}" for k, v in one["constexprs"].items())])
+    return ", ".join(f"{name}={value}" for name, value in one["constexprs"].items())
 
 
 def _each(values: Iterable[Any]) -> str:

@@ -9,11 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from benchmarks.cases import check_cases
 from benchmarks.static_gpu import cuda_kernels, gates, launches, report, sources, workers
-from benchmarks.static_gpu.collect import SCENARIOS
+from benchmarks.static_gpu.collect import MODELLED, SCENARIOS, record
 from benchmarks.static_gpu.compiling import resources
 from benchmarks.static_gpu.devices import RTX_3090, SHARED_LIMITS
 from rewardprop_fast import ops
@@ -69,23 +68,19 @@ def test_every_operator_with_gpu_kernels_is_there(committed: dict[str, Any]) -> 
     assert files == {file.name for file in cuda_kernels.files()}
     assert {row["arch"] for row in committed["cuda"]} == set(SHARED_LIMITS)
     for one in committed["configurations"].values():
-        assert one["resources"], one["kernel"]
-    in_bfloat16 = {
-        (row["operator"], row["device"])
-        for row in committed["passes"]
-        if row["dtype"] == "bfloat16"
-    }
-    assert len(in_bfloat16) == len(in_triton) * len(SHARED_LIMITS)
+        assert set(one["resources"]) == {str(arch) for arch in SHARED_LIMITS}, one["kernel"]
+    modelled = {(row["operator"], row["dtype"], row["device"]) for row in committed["passes"]}
+    assert len(modelled) == len(in_triton) * len(MODELLED) * len(SHARED_LIMITS)
+    assert committed["refused"] == []  # no call of a network is without a form
 
 
-def _recorded() -> dict[str, list[tuple[Any, int]]]:
-    """operator -> its configurations for SD 1.5 and SDXL on the reference card."""
+def _recorded() -> dict[str, list[Any]]:
+    """operator -> its configurations for all networks, in every dtype on every architecture."""
     found: dict[str, dict[str, Any]] = {}
-    for scenario in SCENARIOS:
-        for one in launches.of_cases(scenario.cases(), torch.bfloat16, 86):
-            for launch in one.launches:
-                configuration = launch.configuration
-                found.setdefault(one.case.operator, {})[configuration.key] = configuration
+    for _, one in record(SCENARIOS):
+        for launch in one.launches:
+            configuration = launch.configuration
+            found.setdefault(one.case.operator, {})[configuration.key] = configuration
     return {name: list(by_key.values()) for name, by_key in found.items()}
 
 
