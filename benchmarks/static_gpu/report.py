@@ -14,7 +14,6 @@ from benchmarks.static_gpu.devices import DEVICES, SHARED_LIMITS
 
 RESULTS = Path("benchmarks/results")
 _ARCHES = tuple(SHARED_LIMITS)
-_ARCHITECTURES = ", ".join(f"{arch // 10}.{arch % 10}" for arch in _ARCHES)
 
 
 def build(found: Found, cuda: list[dict[str, Any]], versions: dict[str, Any]) -> dict[str, Any]:
@@ -266,8 +265,8 @@ def _scope(report: dict[str, Any]) -> str:
 def _legend() -> str:
     return (
         "One row per kernel and set of compile-time values, for the network's dtypes of which all "
-        "of it holds. Several numbers in a cell are those of compute capability "
-        f"{_ARCHITECTURES}, in this order; one number holds for all of them. "
+        "of it holds. Several numbers in a cell are those of the architectures in the column sm, "
+        "in this order; one number holds for all of them. "
         "MMA: tensor-core instructions of a warp as written in the machine code, those in loops, "
         "and what the tiles of its products need; more than needed means an unrolled loop or "
         "repeated work. copies: asynchronous copies, as written."
@@ -279,12 +278,14 @@ def _kernels(report: dict[str, Any], operator: str) -> str:
     for one in report["configurations"].values():
         if operator not in one["operators"]:
             continue
-        found = [one["resources"][str(arch)] for arch in _ARCHES]
+        there = [str(arch) for arch in _ARCHES if str(arch) in one["resources"]]
+        found = [one["resources"][arch] for arch in there]
         rows.setdefault(
             (
                 one["kernel"],
                 _constants(one),
                 f"{one['num_warps']}/{one['num_stages']}",
+                " ".join(there),
                 _each(f["registers"] for f in found),
                 _each(f["spill_instructions"] for f in found),
                 _each(f"{f['shared_bytes'] / 1024:.1f}" for f in found),
@@ -304,6 +305,7 @@ def _kernels(report: dict[str, Any], operator: str) -> str:
         "dtype",
         "compile-time values",
         "warps/stages",
+        "sm",
         "registers",
         "spills",
         "shared KiB",

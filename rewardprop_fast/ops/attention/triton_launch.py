@@ -364,10 +364,8 @@ def _fits_resident_backward(q: Tensor, k: Tensor) -> bool:
 def _forward_tiles(q: Tensor) -> Tiles:
     width = q.shape[3]
     if q.dtype == torch.float32:
-        if width <= 64:
-            return Tiles(64, 32, 4, 1)
         if width <= 96:
-            return Tiles(64, 16, 4, 1)
+            return Tiles(64, 32 if 48 < width <= 64 else 16, 4, 1)
         return Tiles(16, 16, 8, 1) if width <= _WIDE else Tiles(32, 16, 8, 1)
     if width <= 96:
         return Tiles(128, 64, 8, 2)
@@ -400,10 +398,8 @@ def _grad_keys_tiles(q: Tensor) -> Tiles:
 def _grad_queries_tiles(q: Tensor) -> Tiles:
     width = q.shape[3]
     if q.dtype == torch.float32:
-        if width <= 64:
-            return Tiles(32, 32, 4, 1)
-        if width <= 96:
-            return Tiles(32, 16, 4, 1)
+        if 48 < width <= 96:
+            return Tiles(32, 32 if width <= 64 else 16, 4, 1)
         return Tiles(16, 16, 4, 1) if width <= _WIDE else Tiles(32, 16, 8, 1)
     if width <= 64:
         return Tiles(64, 64, 4, 2)

@@ -52,7 +52,7 @@ def fuses(columns: int, rank: int, tiles: Tiles) -> bool:
 def product(rows: int, columns: int, layers: int, dtype: torch.dtype) -> Tiles:
     """Of the large products. Fewer rows and columns where large tiles would leave the GPU idle."""
     if dtype == torch.float32:
-        return Tiles(64, 64, 32, 4, 3)
+        return Tiles(64, 64, 32, 4 if layers == 1 else 8, 3)
     if columns % 128 == 0 and cdiv(rows, 128) * (columns // 128) * layers >= _BUSY:
         return Tiles(128, 128, 32, 8, 4)
     if cdiv(rows, 128) * cdiv(columns, 64) * layers >= _BUSY:
@@ -70,7 +70,7 @@ def narrow(rows: int, rank: int, dtype: torch.dtype) -> Tiles:
     """Of the products whose width is the rank."""
     height = 128 if cdiv(rows, 128) >= _BUSY // 2 else 32
     if dtype == torch.float32:
-        return Tiles(min(height, 64), padded_rank(rank), 32, 4, 3)
+        return Tiles(min(height, 64), padded_rank(rank), 32 if height > 32 else 16, 4, 3)
     return Tiles(height, padded_rank(rank), 64, 4 if padded_rank(rank) < 64 else 8, 4)
 
 
