@@ -8,7 +8,7 @@ sources in build/mutations; what is compiled of the changed file is compiled ane
 are named beside the fault run, and must fail. WORDs choose faults by what their names contain.
 Exit code 1 where a fault was not caught.
 
-All of them take about an hour on one core: forms in C++ are built for every fault.
+All of them take about half an hour on one core: forms in C++ are built for every fault.
 """
 
 from __future__ import annotations
