@@ -43,10 +43,10 @@ class DDPO(Method):
 
     clip_range: float = 1e-4
     inner_epochs: int = 1
-    minibatches: int = 1
     advantage_clip: float = 10.0
     history: int = 16
     least_history: int = 16
+    minibatches: int = 1
 
     def validate(self, steps: int) -> list[str]:
         problems = []
