@@ -190,7 +190,7 @@ def table(row: dict[str, Any]) -> str:
 
 def _trainer(args: argparse.Namespace, folder: str) -> Any:
     bundled = args.model == "bundled"
-    pipe = load_bundled() if bundled else random_pipeline(args.model)
+    pipe = load_bundled() if bundled else random_pipeline(args.model, getattr(torch, args.dtype))
     size = None if bundled else args.size
     config = rpf.TrainConfig(
         method=rpf.DRaFT(args.k),

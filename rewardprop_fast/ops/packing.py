@@ -76,7 +76,7 @@ class Packs:
         """
         if not self._large:
             return self._get(self._made, name, image, make)
-        self._of_gradients.clear()
+        self.drop_passing()
         found = self._made.get(name, {})
         stranger = bool(found) and image not in found
         if stranger and self._strangers.get(name) != image:
@@ -118,15 +118,18 @@ class Packs:
             mapped.let_go(*self._span)
         return packed
 
-    @property
-    def nbytes(self) -> int:
-        """What they take, padding included."""
+    def nbytes(self, *, passing: bool = False) -> int:
+        """What they take, padding included; ``passing``: of those kept while gradients repeat."""
         return sum(
             torch.ops.mkldnn._nbytes(packed)
-            for made in (self._made, self._of_gradients)
+            for made in ((self._of_gradients,) if passing else (self._made, self._of_gradients))
             for of_images in made.values()
             for packed in of_images.values()
         )
+
+    def drop_passing(self) -> None:
+        """Free the copies that are kept while gradients repeat."""
+        self._of_gradients.clear()
 
     def __reduce__(self) -> tuple[Any, ...]:
         # A tensor is pickled and copied with its attributes; these are made anew when needed.
@@ -155,13 +158,22 @@ def packs_of(weight: Tensor) -> Packs:
     return packs
 
 
-def packed_bytes(of: nn.Module | Iterable[Tensor]) -> int:
-    """Bytes of all packed copies of these weights, or this module's; on top of their own."""
-    return sum(packs.nbytes for packs in _all(of))
+def packed_bytes(of: nn.Module | Iterable[Tensor], *, passing: bool = False) -> int:
+    """Bytes of all packed copies of these weights, or this module's; on top of their own.
+
+    Args:
+        passing: of those alone that large weights keep from one gradient to the next, and drop when
+            the forward pass comes round.
+    """
+    return sum(packs.nbytes(passing=passing) for packs in _all(of))
 
 
-def drop_packs(of: nn.Module | Iterable[Tensor]) -> None:
-    """Free the packed copies of these weights; the next use makes new ones."""
+def drop_packs(of: nn.Module | Iterable[Tensor], *, passing: bool = False) -> None:
+    """Free packed copies of these weights, all or the ``passing``; the next use makes new ones."""
+    if passing:
+        for packs in _all(of):
+            packs.drop_passing()
+        return
     for weight in _tensors(of):
         if hasattr(weight, _ATTRIBUTE):
             delattr(weight, _ATTRIBUTE)

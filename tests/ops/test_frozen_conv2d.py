@@ -249,6 +249,11 @@ def test_a_large_weights_backward_copy_stays_while_gradients_come_one_after_anot
     once = held[0]
     assert held == [once, once, once, once, 2 * once, 2 * once, once, once]
     assert all(torch.equal(one, expected) for one in found)
+    assert packed_bytes([weight], passing=True) == 0
+    gradients(2)
+    assert packed_bytes([weight], passing=True) == once
+    drop_packs([weight], passing=True)
+    assert packed_bytes([weight]) == once
 
 
 @needs_onednn
