@@ -14,6 +14,7 @@ from rewardprop_fast.rewards.scorer import (
     to_input,
     tokenize,
 )
+from rewardprop_fast.rewards.text import check_prompts
 
 
 class AlignmentReward(nn.Module):
@@ -37,6 +38,7 @@ class AlignmentReward(nn.Module):
         self.name = "alignment"
 
     def forward(self, images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> Tensor:
+        check_prompts(self.name, prompts)
         tokens = tokenize(self.tokenizer, prompts, images.device)
         with torch.autocast(images.device.type, enabled=False):
-            return self.scorer(to_input(images), tokens)
+            return self.scorer(to_input(images, self.scorer.image.stem.weight.dtype), tokens)

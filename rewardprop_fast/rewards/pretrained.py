@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -87,12 +89,14 @@ def load_model(cls: Any, path: str | Path, reward: str, kinds: tuple[str, ...] =
     found = model.config.model_type
     if kinds and found not in kinds:
         raise ModelError(_other_kind(reward, location, found, kinds))
-    if info["missing_keys"]:
-        missing = sorted(info["missing_keys"])
-        raise ModelError(
-            f"The reward {reward!r}: the weights in {location} are of another architecture than "
-            f"its config.json: {len(missing)} are missing, among them {', '.join(missing[:3])}."
-        )
+    left_over = _of_more_layers(model, info["unexpected_keys"])
+    for keys, what in ((info["missing_keys"], "missing"), (left_over, "left over")):
+        if keys:
+            raise ModelError(
+                f"The reward {reward!r}: the weights in {location} are of another architecture "
+                f"than its config.json: {len(keys)} are {what}, among them "
+                f"{', '.join(sorted(keys)[:3])}."
+            )
     return model.eval().requires_grad_(False)
 
 
@@ -177,6 +181,16 @@ def read_json(path: str | Path, name: str) -> dict[str, Any] | None:
     except ValueError as error:
         raise ModelError(f"{found} is no JSON: {error}") from error
     return data if isinstance(data, dict) else None
+
+
+def _of_more_layers(model: Any, unexpected: Iterable[str]) -> list[str]:
+    """Those that differ from the model's own keys in a number alone: a layer it does not have.
+
+    Others may be left over: a head or a buffer that the reward does not use.
+    """
+    number = re.compile(r"\.\d+(?=\.)")
+    own = {number.sub(".N", key) for key in model.state_dict()}
+    return [key for key in unexpected if number.sub(".N", key) in own]
 
 
 def _check_folder(folder: Path, reward: str, kinds: tuple[str, ...]) -> None:

@@ -154,9 +154,11 @@ def load_tokenizer(copy: str) -> CLIPTokenizer:
     return CLIPTokenizer.from_pretrained(BUNDLED / f"alignment_{copy}" / "tokenizer")
 
 
-def to_input(images: Tensor) -> Tensor:
-    """Images of any size as the towers take them: float32, 64x64, antialiased where they shrink."""
-    images = images.float()
+def to_input(images: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Images of any size as the towers take them: in ``dtype``, 64x64, antialiased where they
+    shrink.
+    """
+    images = images.to(dtype)
     if images.shape[-2:] != (SIZE, SIZE):
         images = F.interpolate(images, (SIZE, SIZE), mode="bilinear", antialias=True)
     return images

@@ -40,5 +40,6 @@ class StyleReward(nn.Module):
     def forward(self, images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> Tensor:
         # fp32 whatever the caller's autocast: the classifier is small and its logits are compared
         with torch.autocast(images.device.type, enabled=False):
-            logits = self.classifier(to_input(images))
+            dtype = self.classifier.image.stem.weight.dtype
+            logits = self.classifier(to_input(images, dtype))
             return F.log_softmax(logits, dim=-1)[:, self.index]

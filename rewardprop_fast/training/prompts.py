@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,6 +41,10 @@ def load_prompts(source: str | Path | Sequence[Prompt]) -> PromptSet:
     """
     if isinstance(source, (str, Path)):
         return _from_lines(_read(source), str(source))
+    if isinstance(source, bytes | Mapping) or not isinstance(source, Iterable):
+        raise ConfigError(
+            f"prompts is {source!r}; allowed: a prompt set's name, a .txt file, or a list of texts."
+        )
     prompts, metadata = [], []
     for i, entry in enumerate(source):
         text, facts = entry if isinstance(entry, tuple) and len(entry) == 2 else (entry, {})
@@ -53,6 +57,18 @@ def load_prompts(source: str | Path | Sequence[Prompt]) -> PromptSet:
     if not prompts:
         raise ConfigError("The list of prompts is empty; give at least one.")
     return PromptSet(tuple(prompts), tuple(metadata))
+
+
+def texts(prompts: Sequence[str]) -> list[str]:
+    """Prompts to draw at once. Raises ConfigError unless they are a list of texts, one or more."""
+    wrong = isinstance(prompts, str | bytes | Mapping) or not isinstance(prompts, Iterable)
+    found = [] if wrong else list(prompts)
+    if not found or not all(isinstance(prompt, str) for prompt in found):
+        raise ConfigError(
+            f"The prompts are {prompts!r}; give a list of texts, at least one prompt, such as "
+            "['a fox']."
+        )
+    return found
 
 
 def _read(source: str | Path) -> str:

@@ -32,7 +32,7 @@ from rewardprop_fast.training.optimization import LoRAOptimizer
 from rewardprop_fast.training.placement import place
 from rewardprop_fast.training.policy_gradient import PolicyGradient
 from rewardprop_fast.training.precision import resolve_device, resolve_dtype
-from rewardprop_fast.training.prompts import Prompt, load_prompts
+from rewardprop_fast.training.prompts import Prompt, load_prompts, texts
 from rewardprop_fast.training.regularisation import Pretraining
 from rewardprop_fast.training.run_folder import RunFolder
 from rewardprop_fast.training.signals import StopRequest
@@ -103,19 +103,9 @@ class RewardPropTrainer:
         place(pipe, self.device, self.dtype, config.accelerate)
         self.engine = Engine(pipe, reward, config, loss or negative_mean)
         self.reward = reward
-        for scored in (reward, heldout_reward):
-            if scored is not None:
-                prepare(scored, self.device, self.dtype)
-        probe(
-            reward,
-            self.engine.height,
-            self.engine.width,
-            self.prompts.prompts[:2],
-            self.prompts.metadata[:2],
-            self.device,
-            self.engine.dtype,
-            config.method.needs_reward_gradient,
-        )
+        self._try(reward, config.method.needs_reward_gradient)
+        if heldout_reward is not None:
+            self._try(heldout_reward, needs_gradient=False)
         if loss is not None and not config.method.needs_reward_gradient:
             raise ConfigError(
                 f"loss is given, but {config.method.name} has an objective of its own and no "
@@ -162,6 +152,20 @@ class RewardPropTrainer:
         self._saved_at = -1
         self._stopping: dict[str, Any] = {}  # what early stopping knew at the last checkpoint
 
+    def _try(self, reward: Reward, needs_gradient: bool) -> None:
+        """Freeze and place a reward, and call it once. Raises RewardError."""
+        prepare(reward, self.device, self.dtype)
+        probe(
+            reward,
+            self.engine.height,
+            self.engine.width,
+            self.prompts.prompts[:2],
+            self.prompts.metadata[:2],
+            self.device,
+            self.engine.dtype,
+            needs_gradient,
+        )
+
     def _refuse_useless(self, reward: Reward) -> None:
         """Raises RewardError where the method can learn nothing from this reward."""
         images = probe_images(self.engine.height, self.engine.width)
@@ -197,12 +201,12 @@ class RewardPropTrainer:
             seed: of every random draw; None is the config's.
             metadata: B dicts for the reward.
         """
-        prompts = list(prompts)
+        prompts = texts(prompts)
         facts = list(metadata) if metadata is not None else [{} for _ in prompts]
-        if not prompts or len(facts) != len(prompts):
+        if len(facts) != len(prompts):
             raise ConfigError(
-                f"training_step got {len(prompts)} prompts and {len(facts)} metadata; give at "
-                "least one prompt, and as many dicts as prompts."
+                f"training_step got {len(prompts)} prompts and {len(facts)} metadata; give as "
+                "many dicts as prompts."
             )
         draws = Draws(
             self.config.seed if seed is None else seed, self.step, tuple(range(len(prompts)))
@@ -385,11 +389,13 @@ class RewardPropTrainer:
         """Images (N, 3, H, W) in [0, 1] on the CPU, with the run's sampling settings.
 
         Args:
+            prompts: N texts.
             base: without the LoRA.
             strength: factor on the LoRA.
             aig: power of annealed importance guidance (2409.06493), which goes from the base model
                 to the tuned one along the chain: 1 or 2, say. None is without.
         """
+        prompts = texts(prompts)
         with self.optimizer.averaged():
             return self.evaluator.sample(prompts, seed, base=base, strength=strength, aig=aig)
 

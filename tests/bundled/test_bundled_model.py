@@ -10,8 +10,9 @@ import torch
 from diffusers import StableDiffusionPipeline
 
 import rewardprop_fast as rpf
-from rewardprop_fast.errors import ConfigError
+from rewardprop_fast.errors import ConfigError, RewardError
 from rewardprop_fast.rewards import scorer
+from tests.rewards.images import check_slope, crops
 
 PROMPTS = [
     "a red apple on a pale blue background",
@@ -147,22 +148,10 @@ def test_rewards_compute_in_float32_whatever_autocast_says(name):
 
 @pytest.mark.parametrize("name", ["style", "alignment"])
 def test_reward_gradients_are_right(name):
-    """Finite differences along the gradient, in float64."""
-    reward = rpf.rewards.build(name)
-    network = reward.classifier if name == "style" else reward.scorer
-    network.double()
-    rng = torch.Generator().manual_seed(2)
-    x = torch.rand(1, 3, 64, 64, generator=rng, dtype=torch.float64, requires_grad=True)
+    """Finite differences in float64, through the scaling to the towers' size as well."""
+    check_slope(rpf.rewards.build(name).double(), crops(2, 80), PROMPTS[:2], step=1e-6, rtol=1e-5)
 
-    def value(images: torch.Tensor) -> torch.Tensor:
-        if name == "style":
-            return torch.log_softmax(network(images), -1)[:, reward.index].sum()
-        tokens = scorer.tokenize(reward.tokenizer, PROMPTS[:1], "cpu")
-        return network(images, tokens).sum()
 
-    (gradient,) = torch.autograd.grad(value(x), x)
-    direction = torch.randn(x.shape, generator=rng, dtype=torch.float64)
-    h = 1e-6
-    with torch.no_grad():
-        slope = (value(x + h * direction) - value(x - h * direction)) / (2 * h)
-    assert torch.allclose(slope, (gradient * direction).sum(), rtol=1e-5, atol=1e-9)
+def test_alignment_reads_texts_alone():
+    with pytest.raises(RewardError, match=r"'alignment' reads the prompts.* number 1 is a int: 3"):
+        rpf.rewards.probe(rpf.rewards.build("alignment"), 64, 64, ["a fox", 3])

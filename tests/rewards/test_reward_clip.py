@@ -256,12 +256,14 @@ def test_a_model_of_another_kind(folder, tmp_path):
         rewards.build("clip_score", model=str(tmp_path))
 
 
-@pytest.mark.parametrize("change", ["fewer layers", "other width"])
+@pytest.mark.parametrize("change", ["fewer layers", "more layers", "other width"])
 def test_weights_of_another_architecture_than_the_config(folder, tmp_path, change):
     clip_folder(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     if change == "fewer layers":
         config["vision_config"]["num_hidden_layers"] = 5
+    elif change == "more layers":  # which would be left out without a word
+        config["vision_config"]["num_hidden_layers"] = 2
     else:
         config["vision_config"]["intermediate_size"] = 64
     (tmp_path / "config.json").write_text(json.dumps(config))

@@ -140,8 +140,8 @@ class Falling:
 
 
 def test_a_run_stops_where_the_held_out_reward_falls(make_trainer, tmp_path):
-    # base, then step, look, step, look, step, look, after
-    heldout = Falling(1.0, 0, 1.5, 0, 1.4, 0, 1.2, 1.2)
+    # tried, base, then step, look, step, look, step, look, after
+    heldout = Falling(0, 1.0, 0, 1.5, 0, 1.4, 0, 1.2, 1.2)
     trainer = make_trainer(
         reward=ColourReward(),
         trainer={"heldout_reward": heldout},
@@ -159,14 +159,14 @@ def test_the_best_is_remembered_by_a_checkpoint(make_trainer):
     stopping = EarlyStoppingConfig(every=1, heldout_fall=0.2)
     first = make_trainer(
         reward=ColourReward(),
-        trainer={"heldout_reward": Falling(1.0, 0, 1.5, 0, 1.4)},
+        trainer={"heldout_reward": Falling(0, 1.0, 0, 1.5, 0, 1.4)},
         early_stopping=stopping,
         **RUN,
     )
     assert first.train(until=2).step == 2
     second = make_trainer(
         reward=ColourReward(),
-        trainer={"heldout_reward": Falling(1.0, 0, 1.2, 1.2)},
+        trainer={"heldout_reward": Falling(0, 1.0, 0, 1.2, 1.2)},
         early_stopping=stopping,
         **RUN,
     )

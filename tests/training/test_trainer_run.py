@@ -311,6 +311,10 @@ def test_arguments_of_training_step(make_trainer):
         trainer.training_step(["a", "b"], metadata=[{}])
     with pytest.raises(ConfigError, match="at least one prompt"):
         trainer.training_step([])
+    for draw in (trainer.training_step, trainer.sample):
+        for wrong in ("a fox", 3, ["a", 3]):  # a text alone would be drawn letter by letter
+            with pytest.raises(ConfigError, match="give a list of texts"):
+                draw(wrong)
 
 
 @pytest.mark.parametrize(
@@ -344,6 +348,14 @@ def test_rewards_are_refused_before_training(reward, words, make_trainer, pipeli
     with pytest.raises(RewardError, match=words):
         make_trainer(pipe, reward=reward)
     make_trainer(pipe)  # and the pipeline is still good for another try
+
+
+def test_a_held_out_reward_is_tried_before_training_and_needs_no_gradient(make_trainer, tmp_path):
+    wrong = {"heldout_reward": lambda images, prompts, metadata: images.mean()}
+    with pytest.raises(RewardError, match=r"shape \(\) for 2 images"):
+        make_trainer(trainer=wrong)
+    assert not (tmp_path / "run").exists()
+    make_trainer(trainer={"heldout_reward": lambda x, *_: (x > 0.5).float().mean((1, 2, 3))})
 
 
 def test_pipelines_are_refused_before_training(make_trainer, pipeline):
