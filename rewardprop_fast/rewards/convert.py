@@ -24,7 +24,7 @@ from torch import Tensor
 
 from rewardprop_fast.errors import ModelError
 from rewardprop_fast.rewards.head import check_head
-from rewardprop_fast.rewards.image_reward import MODEL_TYPE, build
+from rewardprop_fast.rewards.image_reward import MODEL_TYPE, fit
 from rewardprop_fast.rewards.pretrained import load_tokenizer
 
 WEIGHTS = "model.safetensors"
@@ -247,7 +247,7 @@ def image_reward(
         "image_reward",
         where,
     )
-    build(config, found, where)
+    fit(config, found, where)
     return config, found
 
 

@@ -96,6 +96,24 @@ def build(
 ) -> tuple[Any, Any, dict[str, Tensor]]:
     """(image encoder, text encoder, tensors of the head), with their weights, frozen, in fp32.
 
+    Args, Raises: as `fit`.
+    """
+    networks, parts = fit(config, tensors, where)
+    for part, network in networks.items():
+        network.to_empty(device="cpu")
+        for name, buffer in network.named_buffers():
+            if name.endswith("position_ids"):
+                buffer.copy_(torch.arange(buffer.shape[-1]).expand_as(buffer))
+        network.load_state_dict(parts[part], strict=False)
+        network.float().eval().requires_grad_(False)
+    return networks["vision"], networks["text"], parts["head"]
+
+
+def fit(
+    config: Mapping[str, Any], tensors: Mapping[str, Tensor], where: str
+) -> tuple[dict[str, Any], dict[str, dict[str, Tensor]]]:
+    """({"vision", "text"}: encoders on "meta"; {"vision", "text", "head"}: tensors that fit them).
+
     Args:
         config: with ``vision_config`` and ``text_config``, of transformers' BLIP.
         tensors: their weights under ``vision.`` and ``text.``, the head's under ``head.``.
@@ -119,7 +137,8 @@ def build(
         if part not in parts:
             raise ModelError(f"The reward 'image_reward': {where} has the unknown key {key!r}.")
         parts[part][rest] = tensor
-    for part, network in (("vision", vision), ("text", text)):
+    networks = {"vision": vision, "text": text}
+    for part, network in networks.items():
         own = network.state_dict()
         # buffers that are counted up, of versions of transformers that saved them
         own = {key: value for key, value in own.items() if not key.endswith("position_ids")}
@@ -134,10 +153,4 @@ def build(
                 f"than its config.json: {len(differing)} differ, among them "
                 f"{', '.join(differing[:3])}."
             )
-        network.to_empty(device="cpu")
-        for name, buffer in network.named_buffers():
-            if name.endswith("position_ids"):
-                buffer.copy_(torch.arange(buffer.shape[-1]).expand_as(buffer))
-        network.load_state_dict(parts[part], strict=False)
-        network.float().eval().requires_grad_(False)
-    return vision, text, parts["head"]
+    return networks, parts

@@ -6,6 +6,8 @@ what has been converted can be held against it.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -13,8 +15,19 @@ from torch import Tensor
 WIDTH, LAYERS, PATCH, GRID, FEATURES, TOKENS = 32, 2, 7, 4, 24, 77
 HEADS = 16
 
+Shapes = dict[str, tuple[int, ...]]
 
-def _random(shapes: dict[str, tuple[int, ...]], seed: int) -> dict[str, Tensor]:
+
+@dataclass(frozen=True)
+class Encoder:
+    """Of a transformer: width of its tokens, of the layer in the middle of an MLP, and depth."""
+
+    width: int
+    hidden: int
+    layers: int
+
+
+def _random(shapes: Shapes, seed: int) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(seed)
     found = {}
     for key, shape in shapes.items():
@@ -29,39 +42,49 @@ def _random(shapes: dict[str, tuple[int, ...]], seed: int) -> dict[str, Tensor]:
 
 def open_clip(vocabulary: int, seed: int = 0) -> dict[str, Tensor]:
     """CLIP as open_clip names it."""
-    shapes: dict[str, tuple[int, ...]] = {
-        "positional_embedding": (TOKENS, WIDTH),
-        "text_projection": (WIDTH, FEATURES),
-        "token_embedding.weight": (vocabulary, WIDTH),
-        "ln_final.weight": (WIDTH,),
-        "ln_final.bias": (WIDTH,),
-        "visual.class_embedding": (WIDTH,),
-        "visual.positional_embedding": (GRID**2 + 1, WIDTH),
-        "visual.proj": (WIDTH, FEATURES),
-        "visual.conv1.weight": (WIDTH, 3, PATCH, PATCH),
-        "visual.ln_pre.weight": (WIDTH,),
-        "visual.ln_pre.bias": (WIDTH,),
-        "visual.ln_post.weight": (WIDTH,),
-        "visual.ln_post.bias": (WIDTH,),
+    small = Encoder(WIDTH, 48, LAYERS)
+    shapes = open_clip_shapes(vocabulary, small, small, PATCH, GRID, FEATURES)
+    return {**_random(shapes, seed), "logit_scale": torch.tensor(3.0)}
+
+
+def open_clip_shapes(
+    vocabulary: int, vision: Encoder, text: Encoder, patch: int, grid: int, features: int
+) -> Shapes:
+    """All but the logit_scale, which has no dimensions."""
+    shapes: Shapes = {
+        "positional_embedding": (TOKENS, text.width),
+        "text_projection": (text.width, features),
+        "token_embedding.weight": (vocabulary, text.width),
+        "ln_final.weight": (text.width,),
+        "ln_final.bias": (text.width,),
+        "visual.class_embedding": (vision.width,),
+        "visual.positional_embedding": (grid**2 + 1, vision.width),
+        "visual.proj": (vision.width, features),
+        "visual.conv1.weight": (vision.width, 3, patch, patch),
+        "visual.ln_pre.weight": (vision.width,),
+        "visual.ln_pre.bias": (vision.width,),
+        "visual.ln_post.weight": (vision.width,),
+        "visual.ln_post.bias": (vision.width,),
     }
-    for tower in ("", "visual."):
-        for layer in range(LAYERS):
+    for tower, encoder in (("", text), ("visual.", vision)):
+        width, hidden = encoder.width, encoder.hidden
+        for layer in range(encoder.layers):
             p = f"{tower}transformer.resblocks.{layer}."
             shapes |= {
-                f"{p}ln_1.weight": (WIDTH,),
-                f"{p}ln_1.bias": (WIDTH,),
-                f"{p}attn.in_proj_weight": (3 * WIDTH, WIDTH),
-                f"{p}attn.in_proj_bias": (3 * WIDTH,),
-                f"{p}attn.out_proj.weight": (WIDTH, WIDTH),
-                f"{p}attn.out_proj.bias": (WIDTH,),
-                f"{p}ln_2.weight": (WIDTH,),
-                f"{p}ln_2.bias": (WIDTH,),
-                f"{p}mlp.c_fc.weight": (48, WIDTH),
-                f"{p}mlp.c_fc.bias": (48,),
-                f"{p}mlp.c_proj.weight": (WIDTH, 48),
-                f"{p}mlp.c_proj.bias": (WIDTH,),
+                f"{p}ln_1.weight": (width,),
+                f"{p}ln_1.bias": (width,),
+                f"{p}attn.in_proj_weight": (3 * width, width),
+                f"{p}attn.in_proj_bias": (3 * width,),
+                f"{p}attn.out_proj.weight": (width, width),
+                f"{p}attn.out_proj.bias": (width,),
+                f"{p}ln_2.weight": (width,),
+                f"{p}ln_2.bias": (width,),
+                f"{p}mlp.c_fc.weight": (hidden, width),
+                f"{p}mlp.c_fc.bias": (hidden,),
+                f"{p}mlp.c_proj.weight": (width, hidden),
+                f"{p}mlp.c_proj.bias": (width,),
             }
-    return {**_random(shapes, seed), "logit_scale": torch.tensor(3.0)}
+    return shapes
 
 
 def open_clip_scores(tensors: dict[str, Tensor], pixels: Tensor, tokens: Tensor) -> Tensor:
@@ -118,60 +141,70 @@ BLIP, BLIP_TEXT, HEAD_WIDTH = 128, 192, 64
 
 def image_reward(vocabulary: int, seed: int = 0) -> dict[str, Tensor]:
     """ImageReward as its authors name it, but for the head."""
-    shapes: dict[str, tuple[int, ...]] = {
-        "blip.visual_encoder.cls_token": (1, 1, BLIP),
-        "blip.visual_encoder.pos_embed": (1, GRID**2 + 1, BLIP),
-        "blip.visual_encoder.patch_embed.proj.weight": (BLIP, 3, PATCH, PATCH),
-        "blip.visual_encoder.patch_embed.proj.bias": (BLIP,),
-        "blip.visual_encoder.norm.weight": (BLIP,),
-        "blip.visual_encoder.norm.bias": (BLIP,),
-        "blip.text_encoder.embeddings.word_embeddings.weight": (vocabulary, BLIP_TEXT),
-        "blip.text_encoder.embeddings.position_embeddings.weight": (64, BLIP_TEXT),
-        "blip.text_encoder.embeddings.LayerNorm.weight": (BLIP_TEXT,),
-        "blip.text_encoder.embeddings.LayerNorm.bias": (BLIP_TEXT,),
-        "blip.vision_proj.weight": (256, BLIP),
-        "blip.vision_proj.bias": (256,),
-        "blip.text_proj.weight": (256, BLIP_TEXT),
-        "blip.text_proj.bias": (256,),
-    }
-    for layer in range(LAYERS):
-        p = f"blip.visual_encoder.blocks.{layer}."
-        shapes |= {
-            f"{p}norm1.weight": (BLIP,),
-            f"{p}norm1.bias": (BLIP,),
-            f"{p}attn.qkv.weight": (3 * BLIP, BLIP),
-            f"{p}attn.qkv.bias": (3 * BLIP,),
-            f"{p}attn.proj.weight": (BLIP, BLIP),
-            f"{p}attn.proj.bias": (BLIP,),
-            f"{p}norm2.weight": (BLIP,),
-            f"{p}norm2.bias": (BLIP,),
-            f"{p}mlp.fc1.weight": (160, BLIP),
-            f"{p}mlp.fc1.bias": (160,),
-            f"{p}mlp.fc2.weight": (BLIP, 160),
-            f"{p}mlp.fc2.bias": (BLIP,),
-        }
-        p = f"blip.text_encoder.encoder.layer.{layer}."
-        for attention, source in (("attention", BLIP_TEXT), ("crossattention", BLIP)):
-            for part, inputs in (("query", BLIP_TEXT), ("key", source), ("value", source)):
-                shapes[f"{p}{attention}.self.{part}.weight"] = (BLIP_TEXT, inputs)
-                shapes[f"{p}{attention}.self.{part}.bias"] = (BLIP_TEXT,)
-            shapes |= _bert_output(f"{p}{attention}.output", BLIP_TEXT)
-        shapes |= {
-            f"{p}intermediate.dense.weight": (160, BLIP_TEXT),
-            f"{p}intermediate.dense.bias": (160,),
-            **_bert_output(f"{p}output", 160),
-        }
-    found = _random(shapes, seed)
+    vision, text = Encoder(BLIP, 160, LAYERS), Encoder(BLIP_TEXT, 160, LAYERS)
+    found = _random(image_reward_shapes(vocabulary, vision, text, PATCH, GRID, 64), seed)
     found["blip.text_encoder.embeddings.position_ids"] = torch.arange(64)[None]
     return found
 
 
-def _bert_output(prefix: str, inputs: int) -> dict[str, tuple[int, ...]]:
+def image_reward_shapes(
+    vocabulary: int, vision: Encoder, text: Encoder, patch: int, grid: int, places: int
+) -> Shapes:
+    """All but a counted-up buffer and the head."""
+    v, t = vision.width, text.width
+    shapes: Shapes = {
+        "blip.visual_encoder.cls_token": (1, 1, v),
+        "blip.visual_encoder.pos_embed": (1, grid**2 + 1, v),
+        "blip.visual_encoder.patch_embed.proj.weight": (v, 3, patch, patch),
+        "blip.visual_encoder.patch_embed.proj.bias": (v,),
+        "blip.visual_encoder.norm.weight": (v,),
+        "blip.visual_encoder.norm.bias": (v,),
+        "blip.text_encoder.embeddings.word_embeddings.weight": (vocabulary, t),
+        "blip.text_encoder.embeddings.position_embeddings.weight": (places, t),
+        "blip.text_encoder.embeddings.LayerNorm.weight": (t,),
+        "blip.text_encoder.embeddings.LayerNorm.bias": (t,),
+        "blip.vision_proj.weight": (256, v),
+        "blip.vision_proj.bias": (256,),
+        "blip.text_proj.weight": (256, t),
+        "blip.text_proj.bias": (256,),
+    }
+    for layer in range(vision.layers):
+        p = f"blip.visual_encoder.blocks.{layer}."
+        shapes |= {
+            f"{p}norm1.weight": (v,),
+            f"{p}norm1.bias": (v,),
+            f"{p}attn.qkv.weight": (3 * v, v),
+            f"{p}attn.qkv.bias": (3 * v,),
+            f"{p}attn.proj.weight": (v, v),
+            f"{p}attn.proj.bias": (v,),
+            f"{p}norm2.weight": (v,),
+            f"{p}norm2.bias": (v,),
+            f"{p}mlp.fc1.weight": (vision.hidden, v),
+            f"{p}mlp.fc1.bias": (vision.hidden,),
+            f"{p}mlp.fc2.weight": (v, vision.hidden),
+            f"{p}mlp.fc2.bias": (v,),
+        }
+    for layer in range(text.layers):
+        p = f"blip.text_encoder.encoder.layer.{layer}."
+        for attention, source in (("attention", t), ("crossattention", v)):
+            for part, inputs in (("query", t), ("key", source), ("value", source)):
+                shapes[f"{p}{attention}.self.{part}.weight"] = (t, inputs)
+                shapes[f"{p}{attention}.self.{part}.bias"] = (t,)
+            shapes |= _bert_output(f"{p}{attention}.output", t, t)
+        shapes |= {
+            f"{p}intermediate.dense.weight": (text.hidden, t),
+            f"{p}intermediate.dense.bias": (text.hidden,),
+            **_bert_output(f"{p}output", text.hidden, t),
+        }
+    return shapes
+
+
+def _bert_output(prefix: str, inputs: int, width: int) -> Shapes:
     return {
-        f"{prefix}.dense.weight": (BLIP_TEXT, inputs),
-        f"{prefix}.dense.bias": (BLIP_TEXT,),
-        f"{prefix}.LayerNorm.weight": (BLIP_TEXT,),
-        f"{prefix}.LayerNorm.bias": (BLIP_TEXT,),
+        f"{prefix}.dense.weight": (width, inputs),
+        f"{prefix}.dense.bias": (width,),
+        f"{prefix}.LayerNorm.weight": (width,),
+        f"{prefix}.LayerNorm.bias": (width,),
     }
 
 

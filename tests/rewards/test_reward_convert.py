@@ -10,7 +10,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch._subclasses import FakeTensorMode
-from transformers import BertTokenizer, BlipConfig, BlipTextModel, BlipVisionModel
+from transformers import (
+    BertTokenizer,
+    BlipConfig,
+    BlipTextModel,
+    BlipVisionModel,
+    CLIPConfig,
+    CLIPModel,
+)
 
 from rewardprop_fast import memory, rewards
 from rewardprop_fast.cli import main
@@ -19,7 +26,8 @@ from rewardprop_fast.memory import policy
 from rewardprop_fast.memory.plan import Plan, Policy
 from rewardprop_fast.memory.segments import reward_segments
 from rewardprop_fast.models.random_init import _byte_tokenizer
-from rewardprop_fast.rewards.convert import convert
+from rewardprop_fast.rewards.convert import KINDS, convert
+from rewardprop_fast.rewards.image_reward import fit
 from rewardprop_fast.rewards.preprocess import CLIP_MEAN, CLIP_STD
 from tests.rewards import published
 from tests.rewards.folders import head_tensors
@@ -194,6 +202,59 @@ def test_a_full_size_image_reward_has_the_published_number_of_parameters():
     layer = own + cross + 8 * w**2 + 5 * w + 2 * w
     expected = 12 * layer + (30_524 + 512) * w + 2 * w
     assert sum(p.numel() for p in text.parameters()) == expected
+
+
+def on_meta(shapes):
+    return {key: torch.empty(shape, device="meta") for key, shape in shapes.items()}
+
+
+def test_the_full_size_hpsv2_is_the_clip_h_of_transformers():
+    """Every key and shape of open_clip's ViT-H-14 against laion/CLIP-ViT-H-14-laion2B-s32B-b79K."""
+    vision, text = published.Encoder(1280, 5120, 32), published.Encoder(1024, 4096, 24)
+    shapes = published.open_clip_shapes(49_408, vision, text, patch=14, grid=16, features=1024)
+    config, found = KINDS["hps"](on_meta(shapes | {"logit_scale": ()}), "HPS_v2.1_compressed.pt")
+    theirs = {
+        "projection_dim": 1024,
+        "vision_config": {
+            "hidden_act": "gelu",
+            "hidden_size": 1280,
+            "image_size": 224,
+            "intermediate_size": 5120,
+            "num_attention_heads": 16,
+            "num_hidden_layers": 32,
+            "patch_size": 14,
+        },
+        "text_config": {
+            "hidden_act": "gelu",
+            "hidden_size": 1024,
+            "intermediate_size": 4096,
+            "max_position_embeddings": 77,
+            "num_attention_heads": 16,
+            "num_hidden_layers": 24,
+            "vocab_size": 49_408,
+        },
+    }
+    assert config["projection_dim"] == theirs["projection_dim"]
+    for part in ("vision_config", "text_config"):
+        assert theirs[part].items() <= config[part].items()
+    with torch.device("meta"):
+        own = CLIPModel(CLIPConfig(**theirs)).state_dict()
+    wanted = {key: value.shape for key, value in own.items() if "position_ids" not in key}
+    assert {key: value.shape for key, value in found.items()} == wanted
+    assert sum(value.numel() for value in found.values()) == 986_109_441
+
+
+def test_the_full_size_image_reward_is_the_blip_of_transformers():
+    """Every key and shape of BLIP's ViT-L/16 and BERT base, as the reward's loader wants them."""
+    vision, text = published.Encoder(1024, 4096, 24), published.Encoder(768, 3072, 12)
+    shapes = published.image_reward_shapes(30_524, vision, text, patch=16, grid=14, places=512)
+    shapes |= {f"mlp.{key}": value.shape for key, value in head_tensors(768).items()}
+    config, found = KINDS["image_reward"](on_meta(shapes), "ImageReward.pt")
+    networks, parts = fit(config, found, "folder")
+    assert networks["vision"].config.num_attention_heads == 16
+    assert networks["text"].config.num_attention_heads == 12
+    sizes = {part: sum(t.numel() for t in tensors.values()) for part, tensors in parts.items()}
+    assert sizes == {"vision": 303_301_632, "text": 141_977_088, "head": 927_969}
 
 
 # ---------------------------------------------------------------------- what can be wrong
