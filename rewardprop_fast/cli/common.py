@@ -12,12 +12,12 @@ from rich.console import Console
 from rewardprop_fast import presets
 from rewardprop_fast.cli.parsing import choices
 from rewardprop_fast.cli.quiet import without_loading_bars
-from rewardprop_fast.errors import ConfigError, ModelError, RewardError
+from rewardprop_fast.errors import ConfigError, ExportError, ModelError, RewardError
 from rewardprop_fast.training import run_files
 
 if TYPE_CHECKING:
     from rewardprop_fast.rewards import Reward
-    from rewardprop_fast.training.config import RewardConfig, RunConfig
+    from rewardprop_fast.training.config import RewardConfig, RunConfig, SamplingConfig
     from rewardprop_fast.training.trainer import RewardPropTrainer
 
 
@@ -65,6 +65,19 @@ def enclosing_run(path: Path) -> RunConfig | None:
             except ConfigError:
                 return None  # of a run from Python, which holds no model, or of another program
     return None
+
+
+def sampling_of(path: Path) -> SamplingConfig | None:
+    """How the LoRA at `path` was sampled while it was trained: its run knows, or its header."""
+    from rewardprop_fast.training import lora_header
+
+    run = enclosing_run(path)
+    if run is not None:
+        return run.train.sampling
+    try:
+        return lora_header.sampling_of(path)
+    except ExportError:
+        return None  # what is wrong with the file is said by whoever reads the LoRA itself
 
 
 @contextmanager

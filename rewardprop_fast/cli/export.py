@@ -58,8 +58,9 @@ def run(args: Namespace) -> int:
     import torch
 
     from rewardprop_fast import lora
-    from rewardprop_fast.cli.common import enclosing_run
+    from rewardprop_fast.cli.common import enclosing_run, sampling_of
     from rewardprop_fast.lora.export import DIFFUSERS_FILE, KOHYA_FILE
+    from rewardprop_fast.training import lora_header
 
     formats = ("diffusers", "kohya") if args.format == "both" else (args.format,)
     names = {"diffusers": DIFFUSERS_FILE, "kohya": KOHYA_FILE}
@@ -67,7 +68,10 @@ def run(args: Namespace) -> int:
     run = enclosing_run(source)
     try:
         model, what = _read(source, args.model, run)
-        written = lora.save_lora(model, output, formats, dtype=getattr(torch, args.dtype))
+        sampling = sampling_of(source)
+        metadata = None if sampling is None else lora_header.header(sampling)
+        dtype = getattr(torch, args.dtype)
+        written = lora.save_lora(model, output, formats, dtype=dtype, metadata=metadata)
     except OSError as error:
         raise ExportError(f"{output} cannot be written: {error.strerror or error}.") from error
     print(f"{what}, as {args.dtype}:")

@@ -41,7 +41,9 @@ def run(args: Namespace) -> int:
     """Read, mix, write."""
     parts = [parse(text) for text in args.loras]
     from rewardprop_fast import lora
+    from rewardprop_fast.cli.common import sampling_of
     from rewardprop_fast.lora.export import DIFFUSERS_FILE, KOHYA_FILE
+    from rewardprop_fast.training import lora_header
 
     formats = ("diffusers", "kohya") if args.format == "both" else (args.format,)
     names = {"diffusers": DIFFUSERS_FILE, "kohya": KOHYA_FILE}
@@ -65,8 +67,13 @@ def run(args: Namespace) -> int:
             f"{lost.worst:.2%} at worst{f' ({lost.worst_layer})' if lost.worst_layer else ''}"
         )
     lora.put(model, layers)
+    # as all say that say anything, or the default of whoever draws with it
+    said = {one for path, _ in parts if (one := sampling_of(path)) is not None}
+    metadata = lora_header.header(said.pop()) if len(said) == 1 else None
+    if len(said) > 1:
+        lines.append("trained with different sampling settings: sample will use its own defaults")
     try:
-        written = lora.save_lora(model, args.out, formats)
+        written = lora.save_lora(model, args.out, formats, metadata=metadata)
     except OSError as error:
         raise ExportError(f"{args.out} cannot be written: {error.strerror or error}.") from error
     print("\n".join(lines))

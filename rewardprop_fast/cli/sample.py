@@ -14,12 +14,12 @@ from rewardprop_fast.training import run_files
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from rewardprop_fast.training.config import RunConfig, TrainConfig
+    from rewardprop_fast.training.config import RunConfig, SamplingConfig, TrainConfig
     from rewardprop_fast.training.engine import Engine
 
 _MORE = """\
-A LoRA that lies in its run's folder brings the run's model and sampling
-settings along; options override them. The same seed gives the same noise, so
+A LoRA brings the sampling settings of its run along, and one that lies in its
+run's folder the model; options override them. The same seed gives the same noise, so
 pictures of several calls can be compared."""
 
 _EPILOG = """\
@@ -79,7 +79,7 @@ def run(args: Namespace) -> int:
     _check(args)
     from rich.console import Console
 
-    from rewardprop_fast.cli.common import enclosing_run, loading
+    from rewardprop_fast.cli.common import enclosing_run, loading, sampling_of
     from rewardprop_fast.training.prompts import load_prompts
 
     chosen = load_prompts(args.prompts_file or args.prompts).prompts
@@ -88,7 +88,7 @@ def run(args: Namespace) -> int:
     lora = None if args.lora is None else _lora(Path(args.lora).expanduser())
     known = ends[0] if ends else lora
     run = None if known is None else enclosing_run(known)
-    config = _config(args, run)
+    config = _config(args, None if known is None else sampling_of(known))
     model = args.model or (run.model.path if run else "bundled")
 
     console = Console()
@@ -144,15 +144,15 @@ def _lora(path: Path) -> Path:
     return path / run_files.LORA if (path / run_files.LORA).is_dir() else path
 
 
-def _config(args: Namespace, run: RunConfig | None) -> TrainConfig:
-    """The run's sampling settings, or the defaults, under those of the command line."""
+def _config(args: Namespace, known: SamplingConfig | None) -> TrainConfig:
+    """The LoRA's sampling settings, or the defaults, under those of the command line."""
     from dataclasses import replace
 
     from rewardprop_fast.training.config import SamplingConfig, TrainConfig
 
     names = ("steps", "guidance_scale", "negative_prompt", "height", "width")
     given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
-    sampling = replace(run.train.sampling if run else SamplingConfig(), **given)
+    sampling = replace(known or SamplingConfig(), **given)
     # k of the default method must not exceed the steps, whatever these are
     from rewardprop_fast.methods import DRaFT
 

@@ -13,7 +13,7 @@ from rewardprop_fast.lora.inject import (
     set_strength,
 )
 from rewardprop_fast.lora.mix import Compression, compress, mix
-from rewardprop_fast.lora.reading import fill, load, put, read
+from rewardprop_fast.lora.reading import fill, load, put, read, read_metadata
 from rewardprop_fast.lora.targets import PRESETS
 
 __all__ = [
@@ -31,6 +31,7 @@ __all__ = [
     "mix",
     "put",
     "read",
+    "read_metadata",
     "save_diffusers",
     "save_kohya",
     "save_lora",

@@ -33,6 +33,7 @@ from rewardprop_fast.lora.files import (
     LayerLoRA,
     check_finite,
     check_suffix,
+    read_safetensors,
     unet_of,
 )
 from rewardprop_fast.lora.inject import (
@@ -66,7 +67,7 @@ def save_lora(
         pipeline_kind: "sd" or "sdxl"; None decides by the UNet.
         dtype: of the stored weights. float32 keeps every bit; float16 halves the file.
         adapter_name: which adapter; None if there is only one.
-        metadata: further text for the kohya file's header.
+        metadata: further text for the files' headers.
 
     Returns:
         Format -> path of the file.
@@ -84,7 +85,12 @@ def save_lora(
     paths = {}
     if "diffusers" in wanted:
         paths["diffusers"] = save_diffusers(
-            model, folder, pipeline_kind=pipeline_kind, dtype=dtype, adapter_name=adapter_name
+            model,
+            folder,
+            pipeline_kind=pipeline_kind,
+            dtype=dtype,
+            adapter_name=adapter_name,
+            metadata=metadata,
         )
     if "kohya" in wanted:
         paths["kohya"] = save_kohya(
@@ -104,6 +110,7 @@ def save_diffusers(
     pipeline_kind: str | None = None,
     dtype: torch.dtype = torch.float32,
     adapter_name: str | None = None,
+    metadata: Mapping[str, str] | None = None,
 ) -> Path:
     """Writes `folder/pytorch_lora_weights.safetensors`, for `pipe.load_lora_weights(folder)`.
 
@@ -141,7 +148,8 @@ def save_diffusers(
             weight_name=DIFFUSERS_FILE,
             unet_lora_adapter_metadata=header,
         )
-        atomic_write(destination, Path(scratch, DIFFUSERS_FILE).read_bytes())
+        tensors, theirs = read_safetensors(Path(scratch, DIFFUSERS_FILE))
+    atomic_write(destination, save(tensors, metadata=_texts(metadata) | theirs))
     return destination
 
 
@@ -169,11 +177,14 @@ def save_kohya(
         weights[names[name] + ".lora_down.weight"] = layer.down
         weights[names[name] + ".lora_up.weight"] = layer.up
         weights[names[name] + ".alpha"] = torch.tensor(layer.alpha, dtype=torch.float32)
-    header = {str(key): str(value) for key, value in (metadata or {}).items()}
-    header |= _kohya_header(model, kind, unet.peft_config[adapter_name], destination.stem)
+    header = _kohya_header(model, kind, unet.peft_config[adapter_name], destination.stem)
     make_folder(destination.parent)
-    atomic_write(destination, save(weights, metadata=header))
+    atomic_write(destination, save(weights, metadata=_texts(metadata) | header))
     return destination
+
+
+def _texts(metadata: Mapping[str, str] | None) -> dict[str, str]:
+    return {str(key): str(value) for key, value in (metadata or {}).items()}
 
 
 def _checked_kind(unet: nn.Module, pipeline_kind: str | None) -> str:

@@ -87,6 +87,11 @@ def read(model: Any, path: str | os.PathLike[str]) -> dict[str, LayerLoRA]:
     return layers
 
 
+def read_metadata(path: str | os.PathLike[str]) -> dict[str, str]:
+    """The text in the header of a LoRA file, or of the one in a folder. Raises ExportError."""
+    return read_safetensors(_lora_file(Path(path)))[1]
+
+
 def put(model: Any, layers: Mapping[str, LayerLoRA], adapter_name: str = "default") -> None:
     """Attach a new adapter that holds these layers. Raises ConfigError if there is one already."""
     unet = unet_of(model)

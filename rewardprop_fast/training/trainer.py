@@ -21,7 +21,14 @@ from rewardprop_fast.models import check_pipeline
 from rewardprop_fast.randomness import Draws, Stream
 from rewardprop_fast.rewards import Reward, evaluate, name_of, prepare, probe
 from rewardprop_fast.rewards.base import probe_images
-from rewardprop_fast.training import budget, capture, checkpoint, report, run_files
+from rewardprop_fast.training import (
+    budget,
+    capture,
+    checkpoint,
+    lora_header,
+    report,
+    run_files,
+)
 from rewardprop_fast.training.config import RunConfig, TrainConfig
 from rewardprop_fast.training.early_stopping import EarlyStopping
 from rewardprop_fast.training.engine import Engine, Loss, StepResult, negative_mean, where
@@ -522,7 +529,8 @@ class RewardPropTrainer:
     def save_lora(self, folder: str | Path) -> dict[str, Path]:
         """Write the LoRA in diffusers' and in kohya's format; returns format -> file."""
         with self.optimizer.averaged():
-            return lora.save_lora(self.pipe, folder)
+            metadata = lora_header.header(self.config.sampling)
+            return lora.save_lora(self.pipe, folder, metadata=metadata)
 
     def save_checkpoint(self) -> Path:
         """Write LoRA, optimizer and counters into the run's folder, whole or not at all."""

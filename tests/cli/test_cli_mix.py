@@ -11,6 +11,8 @@ from PIL import Image
 
 from rewardprop_fast import lora
 from rewardprop_fast.models import load_bundled
+from rewardprop_fast.training import lora_header
+from rewardprop_fast.training.config import SamplingConfig
 
 
 @pytest.fixture(scope="module")
@@ -46,6 +48,41 @@ def test_a_mix_from_the_command_line(loras, command, tmp_path):
     assert small.code == 0, small.err
     assert "of it is lost" in small.out
     assert {layer.rank for layer in lora.read(pipe, tmp_path / "c").values()} == {2}
+
+
+def test_sampling_settings_go_along_where_all_agree(loras, command, tmp_path):
+    pipe, folders = load_bundled(), {}
+    lora.load(pipe, loras[0])
+    for name, steps in (("one", 3), ("two", 3), ("other", 4)):
+        folders[name] = tmp_path / name
+        header = lora_header.header(SamplingConfig(steps=steps, guidance_scale=2.0))
+        lora.save_lora(pipe, folders[name], metadata=header)
+    one, two, other = folders.values()
+    # loras[1] says nothing
+    answer = command("mix", one, two, loras[1], "--out", tmp_path / "agreed")
+    assert answer.code == 0, answer.err
+    assert "different" not in answer.out
+    for format in ("pytorch_lora_weights", "lora_kohya"):
+        file = tmp_path / "agreed" / f"{format}.safetensors"
+        assert lora_header.sampling_of(file) == SamplingConfig(steps=3, guidance_scale=2.0)
+    answer = command("mix", one, other, "--out", tmp_path / "torn")
+    assert "different sampling settings" in answer.out
+    assert lora_header.sampling_of(tmp_path / "torn") is None
+    exported = command("export", tmp_path / "agreed", "--output", tmp_path / "again")
+    assert exported.code == 0, exported.err
+    line = ["sample", "--prompts", "a fox", "--output", tmp_path / "x.png"]
+    answer = command(*line, "--lora", tmp_path / "again")
+    assert "3 steps, guidance 2" in answer.out
+
+
+def test_a_header_of_another_program_says_nothing(loras, tmp_path):
+    pipe = load_bundled()
+    lora.load(pipe, loras[0])
+    for text in ("{", "[1]", '{"steps": 0}', '{"colour": 1}'):
+        path = lora.save_kohya(
+            pipe, tmp_path / "x.safetensors", metadata={"rewardprop.sampling": text}
+        )
+        assert lora_header.sampling_of(path) is None
 
 
 @pytest.mark.parametrize(

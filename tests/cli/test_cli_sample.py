@@ -58,7 +58,7 @@ def test_without_a_lora(config: Path, tiny_model: Path, command) -> None:
     assert (pixels(Path("other.png")) != pixels(Path("new/base.png"))).any()
 
 
-def test_a_run_brings_its_model_and_sampling(run: Path, command) -> None:
+def test_a_run_brings_its_model_and_sampling(run: Path, tiny_model: Path, command) -> None:
     answer = command("sample", "--lora", run, "--prompts", "a cat", "--output", "tuned.png")
     assert answer.code == 0
     assert "2 steps, guidance 3" in answer.out
@@ -67,6 +67,12 @@ def test_a_run_brings_its_model_and_sampling(run: Path, command) -> None:
     kohya = run / "lora" / "lora_kohya.safetensors"
     command("sample", "--lora", kohya, "--prompts", "a cat", "--output", "kohya.png")
     assert (pixels(Path("kohya.png")) == pixels(Path("tuned.png"))).all()
+    shutil.copytree(run / "lora", "elsewhere")
+    line = ["sample", "--lora", "elsewhere", "--model", tiny_model, "--prompts", "a cat"]
+    answer = command(*line, "--output", "moved.png")
+    assert "2 steps, guidance 3" in answer.out
+    assert (pixels(Path("moved.png")) == pixels(Path("tuned.png"))).all()
+    assert "3 steps, guidance 3" in command(*line, "--output", "x.png", "--steps", 3).out
     off = ["--strength", 0, "--output", "off.png"]
     assert command("sample", "--lora", run, "--prompts", "a cat", *off).code == 0
     assert (pixels(Path("off.png")) != pixels(Path("tuned.png"))).any()

@@ -41,7 +41,7 @@ def test_what_is_no_list_of_prompts():
     with pytest.raises(ConfigError, match=r"prompts\[0\] is \('a', 'b'\)"):
         load_prompts([("a", "b")])
     for wrong in (5, None, b"a", {"a": 1}):
-        with pytest.raises(ConfigError, match="a prompt set's name, a .txt file, or a list"):
+        with pytest.raises(ConfigError, match=r"a prompt set's name, a \.txt file, or a list"):
             load_prompts(wrong)
 
 
