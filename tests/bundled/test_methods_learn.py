@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import torch
 
 import rewardprop_fast as rpf
-from rewardprop_fast.methods import METHODS
+from rewardprop_fast.methods import METHODS, Method
 from rewardprop_fast.training.config import (
     EarlyStoppingConfig,
     OptimizerConfig,
@@ -28,10 +29,16 @@ SETTINGS: dict[str, dict[str, Any]] = {
 GRADIENT_METHODS = [name for name, method in METHODS.items() if method.needs_reward_gradient]
 
 
-def make(name: str, tmp_path: Any, sampling: dict[str, Any], **more: Any) -> rpf.RewardPropTrainer:
+def make(
+    method: Method,
+    tmp_path: Any,
+    sampling: dict[str, Any],
+    reward: str = "brightness",
+    **more: Any,
+) -> rpf.RewardPropTrainer:
     chosen = SamplingConfig(guidance_scale=1.0, height=32, width=32, **sampling)
     config = TrainConfig(
-        method=METHODS[name](**SETTINGS.get(name, {})),
+        method=method,
         sampling=chosen,
         output=OutputConfig(
             directory=str(tmp_path / "run"), images_every=0, grid_size=8, tensorboard=False
@@ -40,16 +47,15 @@ def make(name: str, tmp_path: Any, sampling: dict[str, Any], **more: Any) -> rpf
         device="cpu",
         **more,
     )
-    reward = rpf.rewards.build("brightness")
     return rpf.RewardPropTrainer(
-        rpf.models.load_bundled(), reward, PROMPTS, config, progress="silent"
+        rpf.models.load_bundled(), rpf.rewards.build(reward), PROMPTS, config, progress="silent"
     )
 
 
 @pytest.mark.parametrize("name", GRADIENT_METHODS)
 def test_a_short_run_raises_the_reward(name, tmp_path):
     trainer = make(
-        name,
+        METHODS[name](**SETTINGS.get(name, {})),
         tmp_path,
         {"steps": 4},
         optimizer=OptimizerConfig(learning_rate=1e-2, weight_decay=0.0),
@@ -65,6 +71,31 @@ def test_a_short_run_raises_the_reward(name, tmp_path):
     # of each picture, and together more than any rounding
     assert (gain > 0).sum() >= 7
     assert gain.mean() > 0.005
+
+
+def test_srpo_raises_the_difference_that_its_words_make(tmp_path):
+    method = METHODS["srpo"](positive="a fluent style", negative="a noto style")
+    trainer = make(
+        method,
+        tmp_path,
+        {"steps": 4},
+        reward="alignment",
+        optimizer=OptimizerConfig(learning_rate=1e-2, weight_decay=0.0),
+        batch_size=2,
+        steps=4,
+    )
+
+    @torch.no_grad()
+    def difference(*, base: bool = False) -> torch.Tensor:
+        seen = trainer.evaluate(base=base)
+        return method.score(trainer.reward, seen.images, seen.prompts, [{} for _ in seen.prompts])
+
+    before = difference(base=True)
+    for _ in range(4):
+        trainer.update()
+    gain = difference() - before
+    assert (gain > 0).sum() >= 7
+    assert gain.mean() > 0.02
 
 
 @pytest.mark.parametrize("target", [1.0, 0.0])
@@ -95,7 +126,7 @@ def test_ddpo_raises_the_reward_with_hundreds_of_samples(target, tmp_path):
 def test_a_run_that_collapses_is_stopped_by_its_pictures(tmp_path):
     """A rate far too high makes every picture white: the reward is delighted, the gauge is not."""
     trainer = make(
-        "draft",
+        METHODS["draft"](**SETTINGS["draft"]),
         tmp_path,
         {"steps": 3},
         optimizer=OptimizerConfig(learning_rate=0.03, weight_decay=0.0, max_grad_norm=1.0),

@@ -20,7 +20,6 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "ddpo": {"inner_epochs": 2, "history": 4, "least_history": 2},
 }
 KINDS = ("sd", "sdxl")
-GRADIENT_METHODS = [name for name, method in METHODS.items() if method.needs_reward_gradient]
 
 #: Everything that can be computed again is.
 RECOMPUTED = Plan(
@@ -90,7 +89,7 @@ def test_a_resumed_run_is_the_same_run(name, kind, make_trainer):
     assert all(torch.equal(mine[key], tensor) for key, tensor in theirs.items())
 
 
-@pytest.mark.parametrize("name", GRADIENT_METHODS)
+@pytest.mark.parametrize("name", METHODS)
 def test_regularisers_add_their_own_gradient_to_that_of_the_method(name, make_trainer):
     """Twice the weight adds twice as much, and neither changes what the method itself does."""
     found = []
@@ -109,7 +108,8 @@ def test_regularisers_add_their_own_gradient_to_that_of_the_method(name, make_tr
         found.append((result.loss, flat))
     (plain, none), (held, one), (_, two) = found
     # beside another UNet, the prompt's keys are not computed beforehand, which may round otherwise
-    torch.testing.assert_close(plain, held, rtol=1e-12, atol=0)
+    # and ddpo's loss is 0 but for rounding, at the weights that drew
+    torch.testing.assert_close(plain, held, rtol=1e-12, atol=1e-15)
     added = one - none
     assert added.norm() > 1e-6 * none.norm()
     torch.testing.assert_close(two - none, 2 * added, rtol=1e-7, atol=1e-12)
