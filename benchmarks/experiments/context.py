@@ -21,6 +21,8 @@ Train = Callable[[Run], list[Values]]
 
 #: The seed of the search, which no experiment uses.
 SEARCH_SEED = 100
+#: Share of the base model's alignment that a learning rate must keep to be chosen for its reward.
+KEPT = 0.9
 
 
 @dataclass(frozen=True)
@@ -92,14 +94,16 @@ class Context:
         return adapter(run, self.size, self.judge, self.work)
 
     def rate(self, variant: str, trained: Train | None = None) -> float:
-        """The learning rate of the highest held-out reward in a small search, done once.
+        """The learning rate that a small search chooses, done once.
 
-        Every variant gets the same: the size's rates, the same number of images, one seed of its
-        own, one evaluation at the end; `trained` by another trainer than ours.
+        Of those that keep `KEPT` of the base model's alignment the one of the highest held-out
+        reward; the lowest of all if none does. Every variant gets the same: the size's rates, the
+        same number of images, one seed of its own, one evaluation at the end; `trained` by another
+        trainer than ours.
         """
         size = self.size
         store = self.store("learning_rates", "variant", "learning_rate", "settings")
-        best: dict[float, float] = {}
+        best, highest = min(size.rates), -math.inf
         for rate in size.rates:
             updates = size.search if variant != "ddpo" else max(1, size.search // DDPO_BATCHES)
             run = plan(variant, rate, SEARCH_SEED, size, updates=updates, every=updates)
@@ -107,9 +111,12 @@ class Context:
             rows = store.find(**key)
             if not rows:
                 done = (trained or self.train)(run)
-                store.add(done[-1:])
+                kept = done[-1]["alignment"] >= KEPT * done[0]["alignment"]
+                store.add([{**done[-1], "kept": int(kept)}])
                 self.say(f"search: {variant} at {text(rate)}", done)
                 rows = store.find(**key)
-            broke = math.isnan(float(rows[-1]["reward"]))
-            best[rate] = -math.inf if broke else float(rows[-1]["heldout"])
-        return max(best, key=lambda rate: best[rate])
+            row = rows[-1]
+            broke = math.isnan(float(row["reward"]))
+            if not broke and row["kept"] == "1" and float(row["heldout"]) > highest:
+                best, highest = rate, float(row["heldout"])
+        return best

@@ -64,7 +64,8 @@ def test_what_is_done_is_not_done_again(tmp_path: Path, monkeypatch: pytest.Monk
         trained.append((run.variant, run.learning_rate, run.seed))
         if run.seed == 1:
             raise KeyboardInterrupt
-        return [{**run.columns, "reward": 0.0, "heldout": run.learning_rate}]
+        row = {**run.columns, "reward": 0.0, "heldout": run.learning_rate, "alignment": 1.0}
+        return [row, row]
 
     monkeypatch.setattr(contexts, "train", train)
     monkeypatch.setattr(contexts, "Judge", lambda size: None)
@@ -83,6 +84,26 @@ def test_what_is_done_is_not_done_again(tmp_path: Path, monkeypatch: pytest.Monk
     larger = dataclasses.replace(context, size=dataclasses.replace(QUICK, updates=3))
     larger.do("runs", larger.short("draft-1", 0))
     assert trained[-1] == ("draft-1", 1e-2, 0)
+
+
+@pytest.mark.parametrize(
+    ("at_low", "at_high", "chosen"),
+    [(0.9, 0.9, 1e-2), (0.95, 0.89, 1e-3), (0.5, 0.95, 1e-2), (0.89, 0.5, 1e-3)],
+)
+def test_a_rate_is_chosen_by_reward_among_those_that_keep_the_alignment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at_low: float, at_high: float, chosen: float
+) -> None:
+    def train(run, size, judge, work):
+        alignment = {1e-3: at_low, 1e-2: at_high}[run.learning_rate]
+        start = {**run.columns, "reward": -1.0, "heldout": -1.0, "alignment": 1.0}
+        return [start, {**start, "heldout": run.learning_rate, "alignment": alignment}]
+
+    monkeypatch.setattr(contexts, "train", train)
+    monkeypatch.setattr(contexts, "Judge", lambda size: None)
+    context = Context(QUICK, range(1), tmp_path, tmp_path)
+    assert context.rate("draft-1") == chosen
+    # and again from the file
+    assert context.rate("draft-1") == chosen
 
 
 def test_a_fingerprint_tells_settings_apart_and_not_seeds() -> None:
