@@ -43,7 +43,7 @@ class Size:
 FULL = Size()
 #: What docs/experiments.md shows.
 SMALL = Size(
-    updates=24, every=6, long=30, brief=8, search=12, batches=1, ddpo=30, dtype="float32",
+    updates=24, every=6, long=30, brief=8, search=24, batches=1, ddpo=30, dtype="float32",
 )  # fmt: skip
 QUICK = Size(
     model="tiny", steps=3, batch=2, updates=2, every=1, images=3, long=2, brief=1,
