@@ -65,7 +65,7 @@ def show(context: Context) -> None:
     for name in ("runs", "trl"):
         if rows := context.store(name).rows():
             print(f"{name}\n{ends(rows)}\n")
-    for level in (-1.5, time_to_reward.LEVEL):
+    for level in (-2.0, time_to_reward.LEVEL):
         print(times(context, level) + "\n")
     for weights, group in figures.by(context.store("gradient_by_depth").rows(), "weights").items():
         print(f"gradient by depth, {weights}")

@@ -122,8 +122,8 @@ def summary(context: Context, level: float) -> dict[str, list[float | None]]:
     }
 
 
-#: The held-out reward that is waited for: from -2.6 to a probability of 1/e.
-LEVEL = -1.0
+#: The held-out reward that is waited for, from -2.6: where most runs come that keep the alignment.
+LEVEL = -1.5
 
 
 def plot(context: Context, folder: Path) -> None:
