@@ -1,10 +1,11 @@
 """oneDNN's products and convolutions, by the names that PyTorch's own compiler calls them.
 
-float32 products run here, not in MKL, which PyTorch takes by itself: on an AMD EPYC with AVX-512,
-beside other work, oneDNN took 0.78 to 0.9 of MKL's time for most shapes of diffusion models; other
-processors were not measured. In bfloat16 PyTorch takes oneDNN already. Weights of products are not
-packed beforehand: in bfloat16 the gain was within the noise, in float32 some shapes gained more, at
-the price of a second copy of the weight for each direction.
+With AVX-512 float32 products run here, not in MKL, which PyTorch takes by itself: on an AMD EPYC,
+beside other work, oneDNN took 0.78 to 0.9 of MKL's time for most shapes of diffusion models. With
+AVX2 it takes 0.75 to 1.1 of it, but 1.3 to 1.8 for the input gradient of layers from 1280 columns
+on, and of so many its sums are less than half as exact. In bfloat16 PyTorch takes oneDNN already.
+Weights of products are not packed beforehand: in bfloat16 the gain was within the noise, in float32
+some shapes gained more, at the price of a second copy of the weight for each direction.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ _BLOCK = 64
 
 def linear(x_MK: Tensor, weight_NK: Tensor, bias: Tensor | None) -> Tensor:
     """x W^T + b of dense rows; the weight may be a transposed view."""
-    if x_MK.dtype == torch.float32 and x_MK.shape[0] > 0 and _available():
+    if x_MK.dtype == torch.float32 and x_MK.shape[0] > 0 and _available() and _has_avx512():
         product: Tensor = torch.ops.mkldnn._linear_pointwise(x_MK, weight_NK, bias, "none", [], "")
         return product
     return F.linear(x_MK, weight_NK, bias)

@@ -182,7 +182,7 @@ def test_a_node_that_asks_for_its_tensors_twice() -> None:
 
 def test_packed_copies_of_frozen_weights_are_made_once() -> None:
     weight = nn.Parameter(torch.randn(32, 32, 3, 3), requires_grad=False)
-    x = torch.randn(1, 32, 8, 8).to(memory_format=torch.channels_last).requires_grad_()
+    x = torch.randn(2, 32, 8, 8).to(memory_format=torch.channels_last).requires_grad_()
 
     def twice(x: Tensor) -> Tensor:
         return ops.frozen_conv2d(

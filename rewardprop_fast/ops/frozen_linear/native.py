@@ -1,4 +1,4 @@
-"""`frozen_linear` on the CPU: PyTorch's products, in float32 those of oneDNN."""
+"""`frozen_linear` on the CPU: PyTorch's products, in float32 with AVX-512 those of oneDNN."""
 
 from __future__ import annotations
 
