@@ -268,6 +268,25 @@ def test_nan_and_inf_pass_as_in_pytorch(
     )
 
 
+@forms([form for form in CPU_FORMS if form[0] != "sdpa"], TRITON_FORMS)
+@pytest.mark.parametrize("place", ["q", "k", "v", "grad"])
+def test_nan_reaches_the_gradients_that_it_reaches_in_pytorch(
+    place: str, backend: str, dtype: torch.dtype
+) -> None:
+    q, k, v = inputs((1, 2, 37, 41, 8), dtype)
+    grad = torch.randn(q.shape).to(dtype)
+    {"q": q, "k": k, "v": v, "grad": grad}[place][0, 1, 3, 2] = float("nan")
+
+    def eager(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+        return torch.softmax(q @ k.mT * scale, -1) @ v
+
+    with ops.backend(backend, strict=True):
+        ours = output_and_gradients(ops.attention, (q, k, v), grad, 0.3)
+    exact = output_and_gradients(eager, (q.double(), k.double(), v.double()), grad.double(), 0.3)
+    for own, truth in zip(ours, exact, strict=True):
+        assert torch.equal(own.isnan(), truth.isnan())
+
+
 @each_form
 def test_scores_beyond_half_precision_do_not_overflow(backend: str, dtype: torch.dtype) -> None:
     """A score of 300 * 300 * 8 is more than float16 holds; the scale is 1."""

@@ -86,6 +86,61 @@ def test_is_pytorchs_pointwise_convolution_in_its_memory_format(
     assert ours[0].is_contiguous(memory_format=form)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("k", "n"), [(1280, 640), (5120, 96), (96, 5120)])
+def test_sums_of_many_columns(k: int, n: int, backend: str, dtype: torch.dtype) -> None:
+    """As wide as the networks': their rounding errors are those of PyTorch's own sums."""
+    x, grad = torch.randn(65, k).to(dtype), torch.randn(65, n).to(dtype)
+    weight, bias = (torch.randn(n, k) / k**0.5).to(dtype), torch.randn(n).to(dtype)
+    with ops.backend(backend, strict=True):
+        ours = oracle.output_and_gradients(lambda x: frozen_linear(x, weight, bias), [x], grad)
+    torchs = oracle.output_and_gradients(lambda x: F.linear(x, weight, bias), [x], grad)
+    exact = oracle.output_and_gradients(
+        lambda x: F.linear(x, weight.double(), bias.double()), [x.double()], grad.double()
+    )
+    oracle.assert_as_exact_as_torch(ours, torchs, exact)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_many_rows_nan_and_infinities(backend: str, dtype: torch.dtype) -> None:
+    """They reach the rows that hold one, and no other."""
+    x, weight = torch.randn(2**16 + 1, 5).to(dtype), torch.randn(3, 5).to(dtype)
+    grad = torch.randn(2**16 + 1, 3).to(dtype)
+    x[1, 2], x[2**16, 0], x[7, 1] = float("nan"), float("inf"), -float("inf")
+    grad[3, 1], grad[2**16 - 1, 0] = float("inf"), float("nan")
+    with ops.backend(backend, strict=True), oracle.poisoned():
+        ours = oracle.output_and_gradients(lambda x: frozen_linear(x, weight, None), [x], grad)
+    exact = oracle.output_and_gradients(
+        lambda x: F.linear(x, weight.double()), [x.double()], grad.double()
+    )
+    for own, truth in zip(ours, exact, strict=True):
+        assert own is not None
+        assert truth is not None
+        assert torch.equal(own.isnan(), truth.isnan())
+        assert torch.equal(own.isinf(), truth.isinf())
+        torch.testing.assert_close(own, truth.to(dtype), equal_nan=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_is_the_same_a_hundred_times(backend: str, dtype: torch.dtype) -> None:
+    x, weight, bias = (torch.randn(shape).to(dtype) for shape in ((131, 67), (53, 67), (53,)))
+    grad = torch.randn(131, 53).to(dtype)
+
+    def run() -> list[Tensor | None]:
+        return oracle.output_and_gradients(lambda x: frozen_linear(x, weight, bias), [x], grad)
+
+    with ops.backend(backend, strict=True):
+        first = run()
+        for _ in range(100):
+            for again, before in zip(run(), first, strict=True):
+                assert again is not None
+                assert before is not None
+                assert torch.equal(again, before)
+
+
 @pytest.mark.parametrize("convolution", [False, True])
 def test_keeps_the_weight_and_nothing_else(convolution: bool) -> None:
     shape, tail = ((2, 12, 5, 3), (1, 1)) if convolution else ((2, 15, 12), ())
@@ -139,3 +194,16 @@ def test_what_does_not_fit_is_refused_in_words(change: dict[int, Tensor], messag
         args[position] = value
     with pytest.raises(ValueError, match=message):
         frozen_linear(*args)
+
+
+@pytest.mark.parametrize(
+    ("grad", "message"),
+    [
+        (torch.zeros(2, 11), r"grad is \(2, 11\) .* it must be \(2, 10\)"),
+        (torch.zeros(2, 10).bfloat16(), r"grad is .* torch.bfloat16 .* torch.float32"),
+        (torch.zeros(2, 10, device="meta"), r"grad is .* on meta; .* on cpu"),
+    ],
+)
+def test_a_gradient_that_does_not_fit_is_refused(grad: Tensor, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        OP_BACKWARD(grad, torch.zeros(10, 12))

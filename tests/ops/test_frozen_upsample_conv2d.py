@@ -108,9 +108,10 @@ def test_gradcheck_in_float64(layout: str) -> None:
     )
 
 
-@needs_bfloat16
-def test_several_threads_give_the_same_bits() -> None:
-    x, *rest = inputs((2, 64, 17, 13), 96, torch.bfloat16)
+@needs_onednn
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_several_threads_give_the_same_bits(dtype: torch.dtype) -> None:
+    x, *rest = inputs((2, 64, 17, 13), 96, dtype)
     grad = torch.randn_like(plain(x, *rest))
     expected = ours("native", x, tuple(rest), grad)
     threads = torch.get_num_threads()
@@ -238,3 +239,18 @@ def test_what_does_not_fit_is_refused_in_words(change: dict[str, Any], message: 
     x, weight, bias = inputs()
     with pytest.raises(ValueError, match=message):
         frozen_upsample_conv2d(**{"x": x, "weight": weight, "bias": bias, **change})
+
+
+@pytest.mark.parametrize(
+    ("grad", "message"),
+    [
+        (torch.zeros(2, 48, 5, 14), r"grad has shape \(2, 48, 5, 14\); expected \(B, N, 2H, 2W\)"),
+        (torch.zeros(48, 10, 14), r"grad has shape \(48, 10, 14\)"),
+        (torch.zeros(2, 32, 10, 14), r"grad is \(2, 32, 10, 14\) .* must be \(2, 48, 10, 14\)"),
+        (torch.zeros(2, 48, 10, 14).bfloat16(), r"grad is .* torch.bfloat16 .* torch.float32"),
+    ],
+)
+def test_a_gradient_that_does_not_fit_is_refused(grad: Tensor, message: str) -> None:
+    _, weight, _ = inputs()
+    with pytest.raises(ValueError, match=message):
+        OP_BACKWARD(grad, weight, True)

@@ -247,6 +247,30 @@ def test_what_does_not_fit_is_refused_in_words(change: dict[str, Any], message: 
         group_norm(**arguments)
 
 
+@pytest.mark.parametrize(
+    ("place", "value", "message"),
+    [
+        (0, torch.zeros(1, 8, 1, 1), r"grad is \(1, 8, 1, 1\) .* it must be \(2, 8, 3, 3\)"),
+        (0, torch.zeros(2, 8, 3, 3).bfloat16(), r"grad is .* torch.bfloat16 .* torch.float32 on"),
+        (0, torch.zeros(2, 8, 3, 3, device="meta"), r"grad is .* on meta; .* on cpu"),
+        (2, torch.zeros(1, 4), r"mean is \(1, 4\) .* it must be \(2, 4\) torch.float32"),
+        (2, torch.zeros(2, 3), "num_groups is 3; it must divide the 8 channels"),
+        (2, torch.zeros(8), "num_groups is 0; it must divide"),
+        (3, torch.zeros(2, 4).double(), r"rstd is .* torch.float64 .* torch.float32"),
+        (4, torch.zeros(4), r"weight has shape \(4,\); expected \(8,\)"),
+        (5, torch.zeros(8).half(), "bias has dtype torch.float16"),
+    ],
+)
+def test_a_backward_pass_of_something_else_is_refused(
+    place: int, value: Tensor, message: str
+) -> None:
+    x, statistics, parameter = torch.zeros(2, 8, 3, 3), torch.ones(2, 4), torch.zeros(8)
+    arguments = [x, x, statistics, statistics, parameter, parameter]
+    arguments[place] = value
+    with pytest.raises(ValueError, match=message):
+        OP_BACKWARD(*arguments, True, [True, True, True])
+
+
 @needs_native
 @settings(max_examples=40, deadline=None)
 @given(

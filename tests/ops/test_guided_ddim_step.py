@@ -130,6 +130,17 @@ def test_native_equals_the_reference_bit_by_bit(
         assert torch.equal(ours, theirs)
 
 
+@needs_native
+@pytest.mark.parametrize("model_dtype", [torch.float32, torch.bfloat16])
+def test_is_the_same_a_hundred_times(model_dtype: torch.dtype) -> None:
+    args = inputs((2, 4, 13, 11), with_noise=True, model_dtype=model_dtype)
+    weight = torch.randn(2, 4, 13, 11)
+    first = outputs_and_gradients("native", args, weight)
+    for _ in range(100):
+        again = outputs_and_gradients("native", args, weight)
+        assert all(map(torch.equal, again, first))
+
+
 def laid_out(tensor: Tensor, layout: str) -> Tensor:
     if layout == "channels_last":
         return tensor.contiguous(memory_format=torch.channels_last)
@@ -356,3 +367,27 @@ def test_a_guidance_tensor_that_does_not_fit_is_refused(scale: Tensor, words: st
         guided_ddim_step(model_output, latents, coefficients, scale)
     with pytest.raises(ValueError, match="with guidance and latents"):
         guided_ddim_step(model_output[1:], latents, coefficients, torch.ones(()))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({0: torch.zeros(2, 4, 5)}, r"gradients have shape \(2, 4, 5\); expected \(B, C, h, w\)"),
+        (
+            {0: torch.zeros(2, 4, 5, 7).bfloat16()},
+            "gradients have dtype torch.bfloat16; allowed are",
+        ),
+        ({1: torch.zeros(1)}, r"coefficients have shape \(1,\); expected \(3,\)"),
+        ({1: torch.zeros(3).half()}, "coefficients have dtype torch.float16; allowed are"),
+        ({1: torch.zeros(3, device="meta")}, "coefficients are on meta, gradients on cpu"),
+        ({3: torch.int32}, "model's output have dtype torch.int32; allowed are float32"),
+    ],
+)
+def test_a_backward_pass_of_something_else_is_refused(
+    change: dict[int, object], message: str
+) -> None:
+    args: list[Any] = [torch.zeros(2, 4, 5, 7), COEFFICIENTS, 7.5, torch.float32]
+    for position, value in change.items():
+        args[position] = value
+    with pytest.raises(ValueError, match=message):
+        OP_BACKWARD(*args)

@@ -98,7 +98,13 @@ def three_ways(
 @pytest.mark.parametrize("backend", [*FAST, "reference"])
 @pytest.mark.parametrize(
     ("rows", "k", "n", "rank"),
-    [((2, 256), 320, 320, 16), ((1, 77), 768, 320, 4), ((300,), 64, 512, 128), ((65537,), 8, 8, 3)],
+    [
+        ((2, 256), 320, 320, 16),
+        ((1, 77), 768, 320, 4),
+        ((300,), 64, 512, 128),
+        ((61,), 97, 263, 256),
+        ((65537,), 8, 8, 3),
+    ],
 )
 def test_is_as_near_to_float64_as_pytorch(
     rows: tuple[int, ...],
@@ -194,6 +200,7 @@ TRITON_LAYERS = {
     "dB with T, three layers": ((150,), 700, [40] * 3, [3] * 3, torch.float16),
     "layers that differ": ((70,), 48, [64, 64, 32, 32, 32, 7], [4, 4, 5, 5, 5, 1], torch.float32),
     "a rank above 64": ((70,), 96, [80], [100], torch.float32),
+    "rank 256": ((35,), 48, [40], [256], torch.float16),
     "a narrow x and a wide y": ((70,), 16, [720], [17], torch.float16),
 }
 
@@ -610,3 +617,30 @@ def test_layers_without_their_scale_are_refused_in_words() -> None:
         lora_linears(x, [weight], [bias], [lora_a], [lora_b], [1.0, 1.0])
     with pytest.raises(ValueError, match="at least one layer"):
         lora_linears(x, [], [], [], [], [])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"grad": torch.zeros(14, 10)}, r"a gradient is \(14, 10\) .* must be \(2, 7, 10\)"),
+        (
+            {"grad": torch.zeros(2, 7, 10).bfloat16()},
+            r"gradient is .* torch.bfloat16 .* torch.float32",
+        ),
+        ({"x": torch.zeros(2, 6, 12)}, r"x is \(2, 6, 12\) .* it must be \(2, 7, 12\)"),
+        ({"x": torch.zeros(2, 7, 12).bfloat16()}, r"x is .* torch.bfloat16 .* torch.float32"),
+        ({"s": torch.zeros(14, 2)}, r"s is \(14, 2\) .* it must be \(14, 3\)"),
+        ({"s": torch.zeros(14, 3, device="meta")}, r"s is .* on meta; .* on cpu"),
+        ({"lora_a": torch.zeros(2, 12)}, r"lora_a has shape \(2, 12\); expected \(3, 12\)"),
+        ({"lora_b": torch.zeros(29)}, r"lora_b has shape \(29,\); expected \(30,\)"),
+    ],
+)
+def test_a_backward_pass_of_something_else_is_refused(
+    change: dict[str, Tensor], message: str
+) -> None:
+    x, weight, _, lora_a, lora_b = inputs()
+    given = {"grad": torch.zeros(2, 7, 10), "x": x, "s": torch.zeros(14, 3)}
+    given |= {"lora_a": lora_a, "lora_b": lora_b.flatten(), **change}
+    grad, x, s_MR, lora_a, lora_b = given.values()
+    with pytest.raises(ValueError, match=message):
+        OP_BACKWARD([grad], [weight], x, s_MR, lora_a, lora_b, [3], [1.0], [2, 7, 12], [True] * 3)

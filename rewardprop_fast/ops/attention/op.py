@@ -21,6 +21,7 @@ from torch import Tensor
 from rewardprop_fast.ops.attention import native, reference, sdpa, triton, xformers
 from rewardprop_fast.ops.registration import define, differentiable
 from rewardprop_fast.ops.registry import Implementation, Operator, choose
+from rewardprop_fast.ops.saved import check_like
 
 
 def _example(device: str, dtype: torch.dtype) -> tuple[Any, ...]:
@@ -186,14 +187,6 @@ def _check(q: Tensor, k: Tensor, v: Tensor) -> None:
 
 
 def _check_saved(grad: Tensor, q: Tensor, out: Tensor, lse: Tensor) -> None:
-    """Autograd gives what fits; whoever calls the operator itself might not."""
-    for name, tensor, shape, dtype in (
-        ("grad", grad, q.shape, q.dtype),
-        ("out", out, q.shape, q.dtype),
-        ("lse", lse, q.shape[:-1], reference.compute_dtype(q.dtype)),
-    ):
-        if tensor.shape != shape or tensor.dtype != dtype or tensor.device != q.device:
-            raise ValueError(
-                f"{name} is {tuple(tensor.shape)} {tensor.dtype} on {tensor.device}; with this q "
-                f"it must be {tuple(shape)} {dtype} on {q.device}."
-            )
+    check_like("grad", grad, q.shape, q.dtype, q.device)
+    check_like("out", out, q.shape, q.dtype, q.device)
+    check_like("lse", lse, q.shape[:-1], reference.compute_dtype(q.dtype), q.device)

@@ -22,6 +22,7 @@ from rewardprop_fast.ops.images import is_channels_last, memory_format
 from rewardprop_fast.ops.pointwise import check_alike, check_dtype, check_frozen
 from rewardprop_fast.ops.registration import define, differentiable
 from rewardprop_fast.ops.registry import Implementation, Operator, choose
+from rewardprop_fast.ops.saved import check_like
 
 
 def _example(device: str, dtype: torch.dtype) -> tuple[Any, ...]:
@@ -123,7 +124,8 @@ def _forward_fake(
     groups: int,
 ) -> Tensor:
     _check(x, weight, bias, stride, padding, dilation, groups)
-    shape = (x.shape[0], weight.shape[0], *_output_size(x, weight, stride, padding, dilation))
+    sizes = _output_size(x.shape, weight, stride, padding, dilation)
+    shape = (x.shape[0], weight.shape[0], *sizes)
     layout = memory_format(is_channels_last(x, weight))
     return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=layout)
 
@@ -138,6 +140,7 @@ def _backward(
     groups: int,
     channels_last: bool,
 ) -> Tensor:
+    _check_gradient(grad, weight, x_shape, stride, padding, dilation)
     layout = memory_format(channels_last)
     grad = grad.contiguous(memory_format=layout)
     geometry = (list(stride), list(padding), list(dilation), groups)
@@ -157,6 +160,7 @@ def _backward_fake(
     groups: int,
     channels_last: bool,
 ) -> Tensor:
+    _check_gradient(grad, weight, x_shape, stride, padding, dilation)
     layout = memory_format(channels_last)
     return torch.empty(x_shape, dtype=grad.dtype, device=grad.device, memory_format=layout)
 
@@ -203,14 +207,14 @@ def _pair(name: str, value: Pair) -> list[int]:
 
 
 def _output_size(
-    x: Tensor,
+    x_shape: Sequence[int],
     weight: Tensor,
     stride: Sequence[int],
     padding: Sequence[int],
     dilation: Sequence[int],
 ) -> list[int]:
     """(H', W')."""
-    geometry = zip(x.shape[2:], weight.shape[2:], stride, padding, dilation, strict=True)
+    geometry = zip(x_shape[2:], weight.shape[2:], stride, padding, dilation, strict=True)
     return [
         (size + 2 * pad - spread * (kernel - 1) - 1) // step + 1
         for size, kernel, step, pad, spread in geometry
@@ -246,9 +250,21 @@ def _check(
             f"x has shape {tuple(x.shape)}; with a weight {tuple(weight.shape)} and groups "
             f"{groups} it must be (B, {channels}, H, W)."
         )
-    if min(_output_size(x, weight, stride, padding, dilation)) < 1:
+    if min(_output_size(x.shape, weight, stride, padding, dilation)) < 1:
         raise ValueError(
             f"x is {x.shape[2]} x {x.shape[3]}; with padding {tuple(padding)} that is smaller than "
             f"the reach of the weight {tuple(weight.shape)} at dilation {tuple(dilation)}."
         )
     check_alike(x, weight, bias)
+
+
+def _check_gradient(
+    grad: Tensor,
+    weight: Tensor,
+    x_shape: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+) -> None:
+    sizes = _output_size(x_shape, weight, stride, padding, dilation)
+    check_like("grad", grad, (x_shape[0], weight.shape[0], *sizes), weight.dtype, weight.device)

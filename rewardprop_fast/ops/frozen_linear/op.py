@@ -21,6 +21,7 @@ from rewardprop_fast.ops.frozen_linear import native, reference
 from rewardprop_fast.ops.pointwise import as_matrix, as_pixels, as_rows, check_base, check_frozen
 from rewardprop_fast.ops.registration import define, differentiable
 from rewardprop_fast.ops.registry import Implementation, Operator, choose
+from rewardprop_fast.ops.saved import check_like
 
 
 def _example(device: str, dtype: torch.dtype) -> tuple[Any, ...]:
@@ -75,6 +76,7 @@ def _forward_fake(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def _backward(grad: Tensor, weight: Tensor) -> Tensor:
+    _check_gradient(grad, weight)
     grad = grad.contiguous()
     stand_in = grad.new_empty((0, weight.shape[1]))
     choice = choose(FROZEN_LINEAR, stand_in, weight, None)
@@ -82,6 +84,7 @@ def _backward(grad: Tensor, weight: Tensor) -> Tensor:
 
 
 def _backward_fake(grad: Tensor, weight: Tensor) -> Tensor:
+    _check_gradient(grad, weight)
     return grad.new_empty((*grad.shape[:-1], weight.shape[1]))
 
 
@@ -101,3 +104,7 @@ _BACKWARD = define(
     "frozen_linear_backward(Tensor grad, Tensor weight) -> Tensor", _backward, _backward_fake
 )
 differentiable(_FORWARD, _save, _gradients)
+
+
+def _check_gradient(grad: Tensor, weight: Tensor) -> None:
+    check_like("grad", grad, (*grad.shape[:-1], weight.shape[0]), weight.dtype, weight.device)

@@ -21,6 +21,7 @@ from rewardprop_fast.ops.images import is_channels_last, memory_format
 from rewardprop_fast.ops.pointwise import check_alike, check_dtype, check_frozen
 from rewardprop_fast.ops.registration import define, differentiable
 from rewardprop_fast.ops.registry import Implementation, Operator, choose
+from rewardprop_fast.ops.saved import check_like
 
 
 def _example(device: str, dtype: torch.dtype) -> tuple[Any, ...]:
@@ -88,6 +89,7 @@ def _forward_fake(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def _backward(grad: Tensor, weight: Tensor, channels_last: bool) -> Tensor:
+    _check_gradient(grad, weight)
     layout = memory_format(channels_last)
     grad = grad.contiguous(memory_format=layout)
     choice = choose(FROZEN_UPSAMPLE_CONV2D, grad, weight, None)
@@ -96,6 +98,7 @@ def _backward(grad: Tensor, weight: Tensor, channels_last: bool) -> Tensor:
 
 
 def _backward_fake(grad: Tensor, weight: Tensor, channels_last: bool) -> Tensor:
+    _check_gradient(grad, weight)
     batch, _, height, width = grad.shape
     return torch.empty(
         (batch, weight.shape[1], height // 2, width // 2),
@@ -145,3 +148,10 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
             f"(B, {weight.shape[1]}, H, W), H and W at least 1."
         )
     check_alike(x, weight, bias)
+
+
+def _check_gradient(grad: Tensor, weight: Tensor) -> None:
+    if grad.dim() != 4 or grad.shape[2] % 2 or grad.shape[3] % 2:
+        raise ValueError(f"grad has shape {tuple(grad.shape)}; expected (B, N, 2H, 2W).")
+    expected = (grad.shape[0], weight.shape[0], *grad.shape[2:])
+    check_like("grad", grad, expected, weight.dtype, weight.device)

@@ -17,6 +17,7 @@ from torch import Tensor
 from rewardprop_fast.ops.geglu import cuda, native, reference, triton
 from rewardprop_fast.ops.registration import define, differentiable
 from rewardprop_fast.ops.registry import Implementation, Operator, choose
+from rewardprop_fast.ops.saved import check_like
 
 
 def _example(device: str, dtype: torch.dtype) -> tuple[Any, ...]:
@@ -111,9 +112,4 @@ def _check(x: Tensor) -> None:
 
 
 def _check_grad(grad: Tensor, x: Tensor) -> None:
-    expected = (*x.shape[:-1], x.shape[-1] // 2)
-    if tuple(grad.shape) != expected or grad.dtype != x.dtype or grad.device != x.device:
-        raise ValueError(
-            f"grad is {tuple(grad.shape)} {grad.dtype} on {grad.device}; for this x it must be "
-            f"{expected} {x.dtype} on {x.device}."
-        )
+    check_like("grad", grad, (*x.shape[:-1], x.shape[-1] // 2), x.dtype, x.device)

@@ -19,6 +19,7 @@ from torch import Tensor
 from rewardprop_fast.ops.group_norm_silu import cuda, layout, native, reference, triton
 from rewardprop_fast.ops.registration import define, differentiable
 from rewardprop_fast.ops.registry import Implementation, Operator, choose
+from rewardprop_fast.ops.saved import check_like
 
 
 def _example(device: str, dtype: torch.dtype) -> tuple[Any, ...]:
@@ -125,6 +126,7 @@ def _backward(
     silu: bool,
     needs: tuple[bool, bool, bool],
 ) -> list[Tensor]:
+    _check_saved(grad, x, mean, rstd, weight, bias)
     channels_last = layout.is_channels_last(x)
     x = layout.in_layout(x, channels_last)
     weight = None if weight is None else weight.contiguous()
@@ -156,6 +158,7 @@ def _backward_fake(
     silu: bool,
     needs: tuple[bool, bool, bool],
 ) -> list[Tensor]:
+    _check_saved(grad, x, mean, rstd, weight, bias)
     gradients = [layout.empty_like(x)] if needs[0] else []
     for parameter, needed in ((weight, needs[1]), (bias, needs[2])):
         if needed:
@@ -228,3 +231,18 @@ def _check(
             )
         if parameter.device != x.device:
             raise ValueError(f"{name} is on {parameter.device}, x on {x.device}; use one device.")
+
+
+def _check_saved(
+    grad: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+) -> None:
+    _check(x, weight, bias, mean.shape[1] if mean.dim() == 2 else 0, 0.0)
+    check_like("grad", grad, x.shape, x.dtype, x.device)
+    statistics = (x.shape[0], mean.shape[1])
+    for name, tensor in (("mean", mean), ("rstd", rstd)):
+        check_like(name, tensor, statistics, reference.compute_dtype(x.dtype), x.device)

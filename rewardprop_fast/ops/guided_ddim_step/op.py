@@ -120,6 +120,7 @@ def _forward_fake(
 def _backward(
     grad: Tensor, coefficients: Tensor, guidance_scale: float | None, model_dtype: torch.dtype
 ) -> Tensor:
+    _check_backward(grad, coefficients, model_dtype)
     grad = grad.contiguous(memory_format=_memory_format(grad))
     coefficients = coefficients.contiguous()
     # The gradient has the shape and dtype of x_prev, so it stands for the latents where legality is
@@ -132,6 +133,7 @@ def _backward(
 def _backward_fake(
     grad: Tensor, coefficients: Tensor, guidance_scale: float | None, model_dtype: torch.dtype
 ) -> Tensor:
+    _check_backward(grad, coefficients, model_dtype)
     batch = grad.shape[0] * (1 if guidance_scale is None else 2)
     layout = _memory_format(grad)
     return grad.new_empty((batch, *grad.shape[1:]), dtype=model_dtype).contiguous(
@@ -213,13 +215,9 @@ def _check(
             f"model_output has shape {tuple(model_output.shape)}; {kind} and latents "
             f"{tuple(shape)} it must be {tuple(expected)}."
         )
-    if coefficients.shape != (3,):
-        raise ValueError(
-            f"coefficients have shape {tuple(coefficients.shape)}; expected (3,): a, b, sigma."
-        )
-    _check_dtype("model_output", model_output, _MODEL_DTYPES)
-    _check_dtype("latents", latents, _LATENT_DTYPES)
-    _check_dtype("coefficients", coefficients, _LATENT_DTYPES)
+    _check_coefficients(coefficients)
+    _check_dtype("model_output", model_output.dtype, _MODEL_DTYPES)
+    _check_dtype("latents", latents.dtype, _LATENT_DTYPES)
     if noise is not None and (noise.shape != shape or noise.dtype != latents.dtype):
         raise ValueError(
             f"noise is {tuple(noise.shape)} {noise.dtype}; it must be like the latents, "
@@ -237,7 +235,28 @@ def _check(
         raise ValueError(f"noise is on {noise.device}, latents on {device}; use one device.")
 
 
-def _check_dtype(name: str, tensor: Tensor, allowed: tuple[torch.dtype, ...]) -> None:
-    if tensor.dtype not in allowed:
-        names = ", ".join(str(dtype).removeprefix("torch.") for dtype in allowed)
-        raise ValueError(f"{name} have dtype {tensor.dtype}; allowed are {names}.")
+def _check_backward(grad: Tensor, coefficients: Tensor, model_dtype: torch.dtype) -> None:
+    if grad.dim() != 4:
+        raise ValueError(f"gradients have shape {tuple(grad.shape)}; expected (B, C, h, w).")
+    _check_coefficients(coefficients)
+    _check_dtype("gradients", grad.dtype, _LATENT_DTYPES)
+    _check_dtype("gradients of the model's output", model_dtype, _MODEL_DTYPES)
+    if coefficients.device != grad.device:
+        raise ValueError(
+            f"coefficients are on {coefficients.device}, gradients on {grad.device}; use one "
+            "device."
+        )
+
+
+def _check_coefficients(coefficients: Tensor) -> None:
+    if coefficients.shape != (3,):
+        raise ValueError(
+            f"coefficients have shape {tuple(coefficients.shape)}; expected (3,): a, b, sigma."
+        )
+    _check_dtype("coefficients", coefficients.dtype, _LATENT_DTYPES)
+
+
+def _check_dtype(name: str, dtype: torch.dtype, allowed: tuple[torch.dtype, ...]) -> None:
+    if dtype not in allowed:
+        names = ", ".join(str(one).removeprefix("torch.") for one in allowed)
+        raise ValueError(f"{name} have dtype {dtype}; allowed are {names}.")

@@ -36,6 +36,7 @@ from rewardprop_fast.ops.pointwise import (
 )
 from rewardprop_fast.ops.registration import define, differentiable
 from rewardprop_fast.ops.registry import Implementation, Operator, choose
+from rewardprop_fast.ops.saved import check_like
 
 
 def _example(device: str, dtype: torch.dtype) -> tuple[Any, ...]:
@@ -178,9 +179,10 @@ def _backward(
     x_shape: Sequence[int],
     needed: Sequence[bool],
 ) -> list[Tensor]:
+    _check_backward(grads, weights, x, s_MR, lora_a, lora_b, ranks, scales, x_shape)
     lora_b = lora_b.contiguous()
     # Legality is a matter of device, dtypes and the layers' sizes: no rows of x are needed.
-    stand_in = next(g for g in grads if g is not None).new_empty((0, x_shape[-1]))
+    stand_in = weights[0].new_empty((0, x_shape[-1]))
     choice = choose(
         LORA_LINEAR, stand_in, weights, [None] * len(weights), lora_a, lora_b, ranks, scales
     )
@@ -202,6 +204,7 @@ def _backward_fake(
     x_shape: Sequence[int],
     needed: Sequence[bool],
 ) -> list[Tensor]:
+    _check_backward(grads, weights, x, s_MR, lora_a, lora_b, ranks, scales, x_shape)
     dx_needed, da_needed, db_needed = needed
     found = []
     if dx_needed:
@@ -348,3 +351,30 @@ def _check(
         if tuple(lora.shape) != expected:
             raise ValueError(f"{name} has shape {tuple(lora.shape)}; expected {expected}.")
         check_device(name, lora, x)
+
+
+def _check_backward(
+    grads: Sequence[Tensor | None],
+    weights: Sequence[Tensor],
+    x: Tensor | None,
+    s_MR: Tensor | None,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    ranks: Sequence[int],
+    scales: Sequence[float],
+    x_shape: Sequence[int],
+) -> None:
+    if not weights or len(grads) != len(weights):
+        raise ValueError("expected one gradient or None for every layer, and at least one layer.")
+    stand_in = weights[0].new_empty((0, x_shape[-1]))
+    _check(stand_in, weights, [None] * len(weights), lora_a, lora_b, ranks, scales)
+    dtype, device = weights[0].dtype, weights[0].device
+    expected = [
+        ("x", x, tuple(x_shape)),
+        ("s", s_MR, (math.prod(x_shape[:-1]), lora_a.shape[0])),
+    ]
+    for grad, weight in zip(grads, weights, strict=True):
+        expected.append(("a gradient", grad, (*x_shape[:-1], weight.shape[0])))
+    for name, tensor, shape in expected:
+        if tensor is not None:
+            check_like(name, tensor, shape, dtype, device)
