@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import runpy
 from pathlib import Path
 
@@ -21,13 +22,26 @@ def example(name: str) -> dict:
     return runpy.run_path(str(EXAMPLES / name))
 
 
-def test_accelerate_in_own_loop_learns_and_saves(tmp_path: Path) -> None:
+def test_accelerate_in_own_loop_learns_saves_and_goes_back(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     losses = example("accelerate_in_own_loop.py")["main"](steps=8, output=tmp_path)
     assert sum(losses[-3:]) < 0.8 * sum(losses[:3])
+    printed = capsys.readouterr().out
+    swapped = sum(map(int, re.findall(r"^(\d+) x ", printed, re.MULTILINE)))
+    assert f"restored {swapped} modules" in printed
+    assert float(printed.split("but for ")[1]) < 1e-4
     pipe = rpf.models.load_bundled()
     assert isinstance(pipe, StableDiffusionPipeline)
     pipe.load_lora_weights(tmp_path)  # an ordinary LoRA, on a plain pipeline
     assert any("lora_B" in name for name in pipe.unet.state_dict())
+
+
+def test_compiled_operators_are_one_graph_that_learns() -> None:
+    main = example("compiled_operators.py")["main"]
+    losses, difference = main(steps=10, backend="aot_eager")
+    assert sum(losses[-3:]) < 0.9 * sum(losses[:3])
+    assert difference < 1e-5
 
 
 def test_own_loop_prints_what_it_returns(capsys: pytest.CaptureFixture[str]) -> None:
