@@ -177,7 +177,9 @@ def _gates(report: dict[str, Any]) -> str:
         "No spills; at most 99 KiB of shared memory a block on 8.6 and 8.9; all multiply-adds of "
         "products of 16-bit numbers on tensor cores; asynchronous copies where loads are "
         f"pipelined; bytes on the RTX 3090 at most {gates.BYTES_OVER_FLOOR} times the floor. "
-        "Exceptions to the last:",
+        f"Bytes and time are modelled in {_dtypes(report['passes'])} alone: launches in float32 "
+        "are held to the gates on what the compiler made, not to the one on bytes. Exceptions to "
+        "the latter:",
         table(
             ("operator", "pass", "passes that launch", "at most", "worst", "reason"),
             (
@@ -214,8 +216,8 @@ def _explanation() -> str:
         "addresses alone (benchmarks/static_gpu/traffic.py, model.py). u is one activation tensor "
         "read or written once; the floor moves every tensor once. n: calls in one forward pass. "
         "floor, moved and ratio are for the RTX 3090. Times in µs; c: bound by compute, m: by "
-        "memory. Two numbers in a cell are those of bfloat16 and float16; one holds for both. "
-        "float32 is compiled alone."
+        "memory. Two numbers in a cell are those of bfloat16 and float16; one holds for both. Of "
+        "float32 there is only what the compiler made, below."
     )
 
 
@@ -234,8 +236,11 @@ def _operator(report: dict[str, Any], operator: str) -> str:
             (scenario, case, count, phase, *(_each(cell) for cell in zip(*each, strict=True)))
         )
     head = ("network", "case", "n", "pass", "floor u", "moved u", "ratio", *names)
-    dtypes = " and ".join(dict.fromkeys(row["dtype"] for row in rows))
-    return f"### {operator}, {dtypes}\n\n" + table(head, cells, 2)
+    return f"### {operator}, {_dtypes(rows)}\n\n" + table(head, cells, 2)
+
+
+def _dtypes(rows: list[dict[str, Any]]) -> str:
+    return " and ".join(dict.fromkeys(row["dtype"] for row in rows))
 
 
 def _figures(found: dict[str, dict[str, Any]], names: list[str]) -> tuple[str, ...]:
