@@ -108,6 +108,7 @@ def test_the_same_bits_are_asked_of_own_forms(tmp_path: Path) -> None:
     assert code == 1
     assert "differs from run to run" in report["rows"][0]["message"]
     assert report["rows"][0]["same_bits"] is False
+    assert 5 <= report["rows"][0]["runs"] <= 100
 
 
 def test_a_worker_that_does_not_start_ends_it_with_what_there_is(
