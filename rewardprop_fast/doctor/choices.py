@@ -15,6 +15,7 @@ import torch
 from torch._subclasses import FakeTensorMode
 from torch.utils._pytree import tree_leaves
 
+from rewardprop_fast import lora, ops
 from rewardprop_fast.errors import ConfigError
 from rewardprop_fast.memory import make_fake
 from rewardprop_fast.models import architectures
@@ -24,6 +25,9 @@ from rewardprop_fast.ops import registry, triton_runtime
 
 #: A card of 24 GB, where no other is named and none is there.
 _CAPABILITY = {"sm_80": (8, 0), "sm_86": (8, 6), "sm_89": (8, 9), "sm_90": (9, 0)}
+
+#: Of the LoRA on the attention projections that training puts there.
+_RANK = 16
 
 
 @dataclass(frozen=True)
@@ -40,7 +44,7 @@ class Row:
 def of_model(
     model: str = "bundled", device: str = "cpu", dtype: torch.dtype = torch.bfloat16
 ) -> list[Row]:
-    """The operators of one guided UNet call and one decoding, by backend.
+    """The operators of one guided denoising step with a LoRA and of one decoding, by backend.
 
     Args:
         model: "bundled", "sd15", "sdxl", or a pipeline's folder or hub name.
@@ -54,6 +58,7 @@ def of_model(
     kind, capability = _device(device)
     shapes = load_shapes(model, dtype)
     unet = shapes.unet
+    lora.inject(unet, _RANK)
     size = int(unet.config.sample_size)
     mode = FakeTensorMode()
     with (
@@ -65,10 +70,15 @@ def of_model(
             accelerate(network)
             if kind == "cpu":
                 make_fake(network, mode)
+            else:
+                network.to("meta")
             # "meta" stands for a GPU: fake tensors of "cuda" need a torch that is built for it.
             with mode if kind == "cpu" else torch.device("meta"):
                 if network is unet:
-                    network(**architectures.unet_inputs(network, 2, size, dtype))
+                    predicted = network(**architectures.unet_inputs(network, 2, size, dtype)).sample
+                    ops.guided_ddim_step(
+                        predicted, torch.zeros(1, *predicted.shape[1:]), torch.zeros(3), 7.5
+                    )
                 else:
                     channels = network.config.latent_channels
                     network.decode(torch.randn(1, channels, size, size, dtype=dtype))

@@ -106,6 +106,8 @@ def test_says_which_backend_every_call_of_a_model_gets() -> None:
         "frozen_conv2d",
         "geglu",
         "group_norm_silu",
+        "guided_ddim_step",
+        "lora_linear",
     }
     fast = "reference" if native.why_missing() else "native"
     assert {row.backend for row in here if row.operator == "group_norm_silu"} == {fast}
