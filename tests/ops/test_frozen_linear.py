@@ -91,6 +91,8 @@ def test_is_pytorchs_pointwise_convolution_in_its_memory_format(
 @pytest.mark.parametrize(("k", "n"), [(1280, 640), (5120, 96), (96, 5120)])
 def test_sums_of_many_columns(k: int, n: int, backend: str, dtype: torch.dtype) -> None:
     """As wide as the networks': their rounding errors are those of PyTorch's own sums."""
+    if dtype == torch.float32 and torch.backends.cpu.get_cpu_capability() == "AVX512":
+        pytest.skip("oneDNN's float32 sums have not been measured with AVX-512")
     x, grad = torch.randn(65, k).to(dtype), torch.randn(65, n).to(dtype)
     weight, bias = (torch.randn(n, k) / k**0.5).to(dtype), torch.randn(n).to(dtype)
     with ops.backend(backend, strict=True):
