@@ -12,13 +12,8 @@ from hypothesis import strategies as st
 
 from rewardprop_fast.memory.kinds import DECODER_BLOCK, RESNET, REWARD_BLOCK, TRANSFORMER_BLOCK
 from rewardprop_fast.memory.plan import Policy, policy_for
-from rewardprop_fast.memory.planner import (
-    BudgetError,
-    Limits,
-    Planner,
-    _groups,
-    make_plan,
-)
+from rewardprop_fast.memory.planner import BudgetError, Limits, Planner, make_plan
+from rewardprop_fast.memory.planning.variables import groups_of
 from rewardprop_fast.memory.profile import (
     BEFORE,
     BEHIND,
@@ -122,7 +117,7 @@ def every_choice(profile: Profile, k: int) -> Iterator[tuple[float, int]]:
     tail = [u for u in profile.units if u not in chain]
     per_step = [[u for u in chain if u.step == min(step, 1)] for step in range(k)]
     units = [unit for step in per_step for unit in step] + tail
-    wholes = [0, *(group.stop for group in _groups(k))]
+    wholes = [0, *(group.stop for group in groups_of(k))]
     for whole in wholes:
         for modes in product(*(MODES[unit.kind] for unit in units)):
             chosen = [profile.numbers[u.signature][m] for u, m in zip(units, modes, strict=True)]
