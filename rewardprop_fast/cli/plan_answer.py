@@ -58,11 +58,12 @@ class Answer:
 
     def prediction(self) -> dict[str, Any]:
         """What is expected of the plan."""
-        found = self.forecast
+        found, reserved = self.forecast, self.forecast.reserved
         return {
             **prediction(found.planned, found.exact),
             "workspace_bytes": found.workspace,
-            "reserved_bytes": None if found.reserved is None else found.reserved.peak_reserved,
+            "rounded_bytes": None if reserved is None else reserved.peak_allocated,
+            "reserved_bytes": None if reserved is None else reserved.peak_reserved,
         }
 
     def plan(self) -> Plan:

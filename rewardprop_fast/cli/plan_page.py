@@ -102,8 +102,12 @@ def _phases(console: Console, answer: Answer) -> None:
         ink = "bold" if peak == max(found.by_phase.values()) else ""
         table.add_row(_PHASES.get(phase, phase), format_bytes(peak), style=ink)
     reserved = found.reserved
-    note = format_bytes(reserved.peak_reserved) if reserved else "asks for --exact"
-    table.add_row("reserved by the allocator, a bound", note, style="dim")
+    for title, nbytes in (
+        ("in the allocator's blocks, rounded up", reserved and reserved.peak_allocated),
+        ("reserved by the allocator, a bound", reserved and reserved.peak_reserved),
+    ):
+        note = "asks for --exact" if nbytes is None else format_bytes(nbytes)
+        table.add_row(title, note, style="dim")
     table.add_row("largest workspace of an operator", format_bytes(found.workspace), style="dim")
     console.print(table)
     console.print()

@@ -21,6 +21,7 @@ def accelerate(
     *,
     reward: object = None,
     offloader: policy.Offloads | None = None,
+    verify: bool = False,
 ) -> Report:
     """Put the fast operators into a diffusers model, in place, and a memory plan to work on it.
 
@@ -32,6 +33,8 @@ def accelerate(
         plan: a `Plan` or its file, from `rewardprop plan --output plan.json`.
         reward: the reward's module, where the plan has rules for it.
         offloader: a `memory.Offloader`, where the plan offloads.
+        verify: compare all that is recomputed with its first run, and name the first operation that
+            gave other values; slow, for finding out why gradients differ.
 
     Returns:
         What was swapped and what was left, and why.
@@ -58,7 +61,7 @@ def accelerate(
             f"A plan needs a pipeline with a UNet and a VAE; {type(model).__name__} is none."
         )
     _remove_plan(model)
-    policy.apply(plan, unet, vae, reward, offloader=offloader)
+    policy.apply(plan, unet, vae, reward, offloader=offloader, verify=verify)
     return report
 
 

@@ -16,18 +16,16 @@ def make_fake(model: nn.Module, mode: FakeTensorMode, device: str = "cpu") -> nn
     known: dict[Tensor, Tensor] = {}
 
     def fake(tensor: Tensor) -> Tensor:
-        with mode:
-            return torch.empty_strided(
-                tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device
-            )
+        return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device)
 
-    for module in model.modules():
-        for name, parameter in module._parameters.items():
-            if parameter is not None:
-                if parameter not in known:
-                    known[parameter] = nn.Parameter(fake(parameter), parameter.requires_grad)
-                module._parameters[name] = known[parameter]  # type: ignore[assignment]
-        for name, buffer in module._buffers.items():
-            if buffer is not None:
-                module._buffers[name] = known.setdefault(buffer, fake(buffer))
+    with mode:
+        for module in model.modules():
+            for name, parameter in module._parameters.items():
+                if parameter is not None:
+                    if parameter not in known:
+                        known[parameter] = nn.Parameter(fake(parameter), parameter.requires_grad)
+                    module._parameters[name] = known[parameter]  # type: ignore[assignment]
+            for name, buffer in module._buffers.items():
+                if buffer is not None:
+                    module._buffers[name] = known.setdefault(buffer, fake(buffer))
     return model

@@ -21,6 +21,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from rewardprop_fast.memory.cuda_peaks import CudaPeaks
+from rewardprop_fast.memory.repeating import UNKNOWN, RepeatingFakeMode
+
 #: Phase outside any `MemoryTracker.phase` block.
 NO_PHASE = ""
 
@@ -50,13 +53,16 @@ class MemoryTracker(TorchDispatchMode):
 
     Args:
         root: a module whose submodules' names tell where a storage was made.
-        device_type: count storages of this device alone, "cuda" say; None counts all.
+        device_type: count storages of this device alone; None counts all. With "cuda" the caching
+            allocator is asked too, whose peak statistics are reset at the borders of phases.
         watch: also called for every operation: (operation, arguments, keywords, output).
+        fake: the mode of the fake tensors of the run, which then takes less time.
 
     Attributes:
         live_bytes: alive now.
         peak_bytes: most alive at once so far.
         peak_by_phase: the same within each phase.
+        cuda: what the caching allocator says of each phase; None unless for "cuda" alone.
     """
 
     def __init__(
@@ -64,13 +70,16 @@ class MemoryTracker(TorchDispatchMode):
         root: nn.Module | None = None,
         device_type: str | None = None,
         watch: Callable[[Any, Any, Any, Any], object] | None = None,
+        fake: RepeatingFakeMode | None = None,
     ) -> None:
         super().__init__()
+        self._fake = fake
         self.live_bytes = self.peak_bytes = self._lap = 0
         self._watch = watch
         self.peak_by_phase: dict[str, int] = {}
         self._names = {} if root is None else {m: name for name, m in root.named_modules()}
         self._device_type = device_type
+        self.cuda = CudaPeaks() if device_type == "cuda" else None
         self._holdings: list[Holding] = []  # all that were ever alive, in the order of their making
         self._log: list[int] = []  # i: the i-th became alive, ~i: it was freed
         self._peak_at: dict[str, int] = {}  # phase -> length of the log at its peak
@@ -84,13 +93,12 @@ class MemoryTracker(TorchDispatchMode):
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
         """What becomes alive inside belongs to the phase ``name``; the inner one of two counts."""
-        outer, self._phase = self._phase, name
-        self._note_peak()
+        outer = self._phase
+        self._enter_phase(name)
         try:
             yield
         finally:
-            self._phase = outer
-            self._note_peak()
+            self._enter_phase(outer)
 
     @property
     def current_phase(self) -> str:
@@ -167,10 +175,14 @@ class MemoryTracker(TorchDispatchMode):
                 hooks.register_module_forward_pre_hook(self._enter_module),
                 hooks.register_module_forward_hook(self._leave_module, always_call=True),
             ]
+        if self.cuda is not None:
+            self.cuda.begin()
         super().__enter__()
         return self
 
     def __exit__(self, *error: Any) -> None:
+        if self.cuda is not None:
+            self.cuda.end(self._phase)
         for hook in self._hooks:
             hook.remove()
         self._hooks, self._modules = [], []
@@ -184,7 +196,9 @@ class MemoryTracker(TorchDispatchMode):
             self._see(tensor, "given")
         for tensor in _tensors(kwargs.values()):
             self._see(tensor, "given")
-        output = func(*args, **kwargs)
+        output = UNKNOWN if self._fake is None else self._fake.again(func, args, kwargs)
+        if output is UNKNOWN:
+            output = func(*args, **kwargs)
         operator = self._operators.get(func)
         if operator is None:
             operator = self._operators[func] = str(func).removesuffix(".default")
@@ -220,6 +234,12 @@ class MemoryTracker(TorchDispatchMode):
             del self._alive[address]
             self._log.append(~index)
             self.live_bytes -= self._holdings[index].nbytes
+
+    def _enter_phase(self, name: str) -> None:
+        if self.cuda is not None:
+            self.cuda.end(self._phase)
+        self._phase = name
+        self._note_peak()
 
     def _note_peak(self) -> None:
         self._lap = max(self._lap, self.live_bytes)

@@ -10,6 +10,10 @@ import torch
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils._mode_utils import no_dispatch
+
+#: What `RepeatingFakeMode.again` says of a call that has to be worked out.
+UNKNOWN = object()
 
 
 class RepeatingFakeMode(FakeTensorMode):
@@ -42,6 +46,19 @@ class RepeatingFakeMode(FakeTensorMode):
         if way is _USUAL:
             return super().__torch_dispatch__(func, types, args, kwargs)
         return way(args)
+
+    def again(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """What a call gives that was seen before, or `UNKNOWN`.
+
+        For a mode that is asked before this one: on the way here torch's dispatcher takes as long
+        as the answer.
+        """
+        key = _call(func, args, kwargs) if _may_repeat(func) else None
+        way = None if key is None else self._ways.get(key)
+        if way is None or way is _USUAL:
+            return UNKNOWN
+        with no_dispatch():
+            return way(args)
 
 
 _DEVICE = torch.ops.prim.device.default

@@ -8,16 +8,18 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensorMode
+from torch._subclasses.fake_tensor import FakeCopyMode
 
 from rewardprop_fast import lora
 from rewardprop_fast.memory import make_fake
+from rewardprop_fast.memory.devices import Device
+from rewardprop_fast.memory.meter import Meter
 from rewardprop_fast.memory.repeating import RepeatingFakeMode
 from rewardprop_fast.models.shapes import Shapes
 from rewardprop_fast.models.support import is_sdxl
@@ -64,12 +66,14 @@ class DryRun:
         engine: on fake tensors of `mode`.
         config: as it was asked for; the engine's takes fewer steps without gradient.
         trained: the LoRA's parameters.
+        meters: what is known of operations, by device.
     """
 
-    mode: FakeTensorMode
+    mode: RepeatingFakeMode
     engine: DryEngine
     config: TrainConfig
     trained: list[nn.Parameter]
+    meters: dict[Device, Meter] = field(default_factory=dict)
 
     @classmethod
     def of_shapes(cls, shapes: Shapes, reward: Any, config: TrainConfig) -> DryRun:
@@ -94,7 +98,7 @@ class DryRun:
 
     @classmethod
     def _of(
-        cls, mode: FakeTensorMode, unet: Any, vae: Any, reward: Reward, pipe: Any, config: Any
+        cls, mode: RepeatingFakeMode, unet: Any, vae: Any, reward: Reward, pipe: Any, config: Any
     ) -> DryRun:
         if config.accelerate:
             accelerate(unet)
@@ -157,6 +161,12 @@ class DryRun:
                 engine.config, engine.schedule = config, schedule
         for parameter in self.trained:
             parameter.grad = None
+
+    def meter(self, device: Device) -> Meter:
+        """For one more run of this step, on ``device``."""
+        meter = self.meters.setdefault(device, Meter(device))
+        meter.begin()
+        return meter
 
     def resident(self, optimizer: bool = True) -> list[Tensor]:
         """What is on the device all the time: weights, and the optimizer's state."""

@@ -10,21 +10,14 @@ from typing import Any
 
 from torch import nn
 
-from rewardprop_fast.memory import MemoryTracker, Workspaces, policy
-from rewardprop_fast.memory.cost import CostCounter
+from rewardprop_fast.memory import MemoryTracker, policy
 from rewardprop_fast.memory.devices import Device
 from rewardprop_fast.memory.measure import Holding
 from rewardprop_fast.memory.offload import Offloader
 from rewardprop_fast.memory.plan import Plan
 from rewardprop_fast.memory.planner import Limits, Planned, Planner
-from rewardprop_fast.memory.profile import (
-    CHAIN_BEGINS,
-    TAIL_PHASES,
-    Networks,
-    Profile,
-    absent,
-    profile,
-)
+from rewardprop_fast.memory.profile import CHAIN_BEGINS, TAIL_PHASES, Profile, absent
+from rewardprop_fast.memory.profiling import Networks, profile
 from rewardprop_fast.memory.residency import pieces_of
 from rewardprop_fast.memory.scheduling.backend import COMPUTE
 from rewardprop_fast.memory.scheduling.double import Double
@@ -101,21 +94,19 @@ def estimate(
     engine, pipe = dry.engine, dry.engine.pipe
     networks = {"unet": pipe.unet, "vae": pipe.vae, "reward": engine.reward}
     modules = {name: part for name, part in networks.items() if isinstance(part, nn.Module)}
-    counter = CostCounter()
-    workspaces = _workspaces(device)
+    meter = dry.meter(device)
     moments: list[Moment] = []
     double = Double(_ENDLESS, _ENDLESS, device.download, device.upload, values=False)
 
     def see(func: Any, args: Any, kwargs: Any, output: Any) -> None:
-        double.compute(device.seconds(counter.see(func, args, kwargs, output)))
-        workspaces.see(func, args, kwargs)
+        double.compute(meter.seconds(func, args, kwargs, output))
         phase = tracker.current_phase
         nbytes = tracker.live_bytes - away.get(phase, 0)
         moments.append(Moment(double.ready[COMPUTE], nbytes, phase))
 
     away = absent(plan, pipe.unet, pipe.vae, engine.reward)
     borders: list[tuple[int, str]] = []  # (events so far, phase that begins)
-    tracker = MemoryTracker(nn.ModuleDict(modules), watch=see)
+    tracker = MemoryTracker(nn.ModuleDict(modules), watch=see, fake=dry.mode)
     held = dry.resident(optimizer)  # by this name too: the optimizer's state is nowhere else
     tracker.count(dry.trained, TRAINED)
     for name, module in modules.items():
@@ -159,7 +150,7 @@ def estimate(
         double.ready[COMPUTE],
         moments,
         events,
-        workspaces.peak,
+        meter.workspace,
     )
 
 
@@ -208,30 +199,21 @@ def make_room(offloader: Offloader | None, phase: str) -> None:
 
 def make_profile(dry: DryRun, device: Device) -> Profile:
     """What every part of the step costs in bytes and, on ``device``, seconds."""
-    engine = dry.engine
-    counter, workspaces = CostCounter(), _workspaces(device)
-
-    def seconds(func: Any, args: Any, kwargs: Any, output: Any) -> float:
-        workspaces.see(func, args, kwargs)
-        return device.seconds(counter.see(func, args, kwargs, output))
+    engine, meter = dry.engine, dry.meter(device)
 
     def step(k: int, prefix: int, watch: Callable[[str], AbstractContextManager[None]]) -> None:
         engine.watch = watch
         dry.step(k, prefix)
 
     found = profile(
-        Networks(engine.pipe.unet, engine.pipe.vae, engine.reward),
+        Networks(engine.pipe.unet, engine.pipe.vae, engine.reward, dry.mode),
         step,
         dry.resident(),
         gradient_steps_of(dry.config),
-        seconds,
+        meter.seconds,
     )
-    found.workspace = workspaces.peak
+    found.workspace = meter.workspace
     return found
-
-
-def _workspaces(device: Device) -> Workspaces:
-    return Workspaces((device.arch // 10, device.arch % 10)) if device.arch else Workspaces()
 
 
 def planner_for(dry: DryRun, profiled: Profile, limits: Limits) -> Planner:

@@ -119,7 +119,8 @@ def test_the_figures_are_those_of_a_tracked_run(ask: Ask, model: Path) -> None:
     assert list(phases) == ["prefix", "suffix", "decode", "reward", "decode_backward", "backward"]
     assert max(phases.values()) == prediction["peak_bytes"]
     assert sum(found["holders_at_peak_bytes"].values()) == prediction["peak_bytes"]
-    assert prediction["reserved_bytes"] >= prediction["peak_bytes"]
+    rounded = prediction["rounded_bytes"]
+    assert prediction["reserved_bytes"] >= rounded >= prediction["peak_bytes"]
     assert prediction["workspace_bytes"] > 0
     assert prediction["modelled_seconds"] == prediction["modelled_seconds_unlimited"] > 0
     assert set(found["policies"].values()) == {"everything kept"}
@@ -177,6 +178,7 @@ def test_many_steps_are_composed_and_run_as_a_whole_where_that_is_asked(
     exact = ask("--budget", "none", "--k", "4", "--exact")
     assert composed["prediction"]["peak_is"] == "composed"
     assert composed["prediction"]["reserved_bytes"] is None
+    assert composed["prediction"]["rounded_bytes"] is None
     assert exact["prediction"]["peak_is"] == "exact"
     peak = exact["prediction"]["peak_bytes"]
     assert peak == tracked_peak(model, Plan(), 4)
@@ -357,6 +359,7 @@ def test_the_page_says_it_all(model: Path, config: Path, command: Callable[..., 
         "The peak is exact",
         "K = 1 of 6 sampling steps",
         "peak by phase",
+        "in the allocator's blocks, rounded up",
         "reserved by the allocator, a bound",
         "largest workspace",
         "decoder: resnets",

@@ -11,6 +11,7 @@ import rewardprop_fast as rpf
 from rewardprop_fast.errors import ConfigError
 from rewardprop_fast.memory.plan import Plan, Policy
 from rewardprop_fast.memory.policy import Runner
+from rewardprop_fast.memory.verify import DivergenceError
 from tests.memory.conftest import make_pipeline
 
 R = Policy.RECOMPUTE
@@ -67,6 +68,19 @@ def test_another_plan_takes_the_first_ones_place_and_restore_undoes_all() -> Non
     assert runners(pipe) == 0
     for name, module in pipe.unet.named_modules():
         assert vars(module).keys() == before[name].keys(), name
+
+
+def test_verify_names_the_operation_that_a_change_in_between_reached_first() -> None:
+    pipe = make_pipeline()
+    rpf.accelerate(pipe, plan=Plan(({"resnet": R},)), verify=True)
+    assert step(pipe)
+    noise = pipe.unet(torch.ones(1, 4, 8, 8), 7, torch.ones(1, 77, 16), return_dict=False)[0]
+    with torch.no_grad():
+        pipe.unet.mid_block.resnets[1].conv1.weight.mul_(2)
+    with pytest.raises(
+        DivergenceError, match=r"'unet\.mid_block\.resnets\.1' computed other .*conv"
+    ):
+        noise.sum().backward()
 
 
 def test_what_the_loop_cannot_do_is_refused() -> None:

@@ -130,3 +130,36 @@ def test_counts_one_kind_of_device_if_asked() -> None:
         here, there = floats(1), torch.empty(256, device="meta")
     assert tracker.live_bytes == KIB
     del here, there
+
+
+def test_cuda_s_own_figures_by_phase(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A caching allocator played by hand: it keeps what was freed, and counts peaks until reset."""
+    now = {"allocated": 0, "reserved": 0}
+    peak = dict(now)
+
+    def hold(nbytes: int) -> None:
+        now["allocated"] += nbytes
+        now["reserved"] = max(now["reserved"], now["allocated"])
+        peak.update({name: max(peak[name], now[name]) for name in now})
+
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: peak["allocated"])
+    monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda: peak["reserved"])
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: peak.update(now))
+    hold(900)
+    hold(-900)  # before the tracker: not counted, though it stays reserved
+    tracker = MemoryTracker(device_type="cuda")
+    assert tracker.cuda is not None
+    with tracker:
+        hold(100)
+        with tracker.phase("suffix"):
+            hold(500)
+            hold(-400)  # a workspace: no tensor of it is ever seen
+            with tracker.phase("decode"):
+                hold(50)
+            hold(200)
+        with tracker.phase("decode"):
+            hold(-300)
+    hold(5000)
+    found = {name: (one.allocated, one.reserved) for name, one in tracker.cuda.by_phase.items()}
+    assert found == {"": (450, 900), "suffix": (600, 900), "decode": (450, 900)}
+    assert MemoryTracker().cuda is None

@@ -11,13 +11,13 @@ from torch.nn import functional as F
 
 from rewardprop_fast import lora
 from rewardprop_fast.memory import MemoryTracker, make_fake
-from rewardprop_fast.memory.repeating import RepeatingFakeMode
+from rewardprop_fast.memory.repeating import UNKNOWN, RepeatingFakeMode
 from rewardprop_fast.models import architectures
 from rewardprop_fast.nn import accelerate
 from tests.memory.test_fake import SMALL
 
 
-def walk(mode: FakeTensorMode, fast: bool) -> Any:
+def walk(mode: FakeTensorMode, fast: bool, asked: RepeatingFakeMode | None = None) -> Any:
     """Everything that a small UNet makes and frees, twice forward and backward."""
     with torch.device("meta"):
         model = architectures.unet("sd15", torch.bfloat16, **SMALL)
@@ -25,7 +25,7 @@ def walk(mode: FakeTensorMode, fast: bool) -> Any:
     make_fake(model, mode)
     if fast:
         accelerate(model)
-    with mode, MemoryTracker() as tracker:
+    with mode, MemoryTracker(fake=asked) as tracker:
         tracker.count(model)
         for _ in range(2):
             inputs = architectures.unet_inputs(model, 2, 16, torch.bfloat16)
@@ -38,6 +38,23 @@ def test_a_network_s_memory_is_that_of_the_usual_mode_event_by_event(fast: bool)
     repeating = RepeatingFakeMode()
     assert walk(repeating, fast) == walk(FakeTensorMode(), fast)
     assert len(repeating._ways) > 50
+
+
+@pytest.mark.parametrize("fast", [False, True], ids=["diffusers", "accelerated"])
+def test_a_tracker_that_asks_the_mode_itself_sees_the_same(
+    fast: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected, mode = walk(FakeTensorMode(), fast), RepeatingFakeMode()
+    known, again = [0], RepeatingFakeMode.again
+
+    def counted(self: Any, *call: Any) -> Any:
+        output = again(self, *call)
+        known[0] += output is not UNKNOWN
+        return output
+
+    monkeypatch.setattr(RepeatingFakeMode, "again", counted)
+    assert walk(mode, fast, asked=mode) == expected
+    assert known[0] > 500
 
 
 CALLS = {

@@ -18,6 +18,7 @@ from rewardprop_fast.memory.planner import BudgetError, Limits
 from rewardprop_fast.memory.scheduling.double import Double
 from rewardprop_fast.methods import SRPO, AlignProp, DRaFT, DRTune
 from rewardprop_fast.models import load_bundled
+from rewardprop_fast.training import budget
 from rewardprop_fast.training.budget import Memory
 from rewardprop_fast.training.config import LoRAConfig, OutputConfig, SamplingConfig, TrainConfig
 from rewardprop_fast.training.dry_run import DryRun, gradient_steps_of
@@ -156,11 +157,11 @@ def test_a_plan_composed_of_parts_is_never_over_its_budget_when_it_is_run(
     assert "residency" not in str(caught.value)
     least = caught.value.least
     for share in (0.0, 0.5):
-        budget = int(least + share * (kept.peak - least))
-        planned = plan_for(dry, profile, Limits(budget))
-        assert planned.peak <= budget
-        assert estimate(dry, planned.plan, CARD).peak <= budget
-        assert planned.plan.budget_bytes == budget
+        most = int(least + share * (kept.peak - least))
+        planned = plan_for(dry, profile, Limits(most))
+        assert planned.peak <= most
+        assert estimate(dry, planned.plan, CARD).peak <= most
+        assert planned.plan.budget_bytes == most
         assert planned.seconds > kept.seconds
 
 
@@ -265,13 +266,12 @@ def test_a_budget_changes_memory_and_no_gradient(pipeline: Any, tmp_path: Any) -
     free = make(pipeline("sd"), DRaFT(3), tmp_path, sampling={"height": 64, "width": 64})
     peak = max(real(free).values())
     free.training_step(["a boat", "a dog"], seed=3)
-    budget = f"{int(0.9 * peak)}B"
     tight = make(
         pipeline("sd"),
         DRaFT(3),
         tmp_path,
         sampling={"height": 64, "width": 64},
-        memory_budget=budget,
+        memory_budget=f"{int(0.9 * peak)}B",
     )
     assert tight.memory is not None
     assert max(real(tight).values()) <= int(0.9 * peak)
@@ -290,6 +290,29 @@ def test_a_run_with_a_budget_writes_its_plan_and_can_go_on_with_another(
     assert plan.made_for["k"] == 1
     again = make(pipeline("sd"), DRaFT(1), tmp_path, memory_budget=None, steps=2)
     assert again.resume() == 1
+
+
+def test_auto_is_what_is_free_beside_the_copies_that_convolutions_make(
+    pipeline: Any, tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(budget, "free_host_memory", lambda: 3 * 2**30)
+    trainer = make(pipeline("sd"), DRaFT(1), tmp_path, memory_budget="auto")
+    networks = (trainer.pipe.unet, trainer.pipe.vae, trainer.reward)
+    there = sum(t.nbytes for n in networks for t in (*n.parameters(), *n.buffers()))
+    convolutions = (m for n in networks[:2] for m in n.modules() if isinstance(m, nn.Conv2d))
+    packed = 2 * sum(m.weight.nbytes for m in convolutions)
+    assert packed > 0
+    assert trainer.memory.plan.budget_bytes == 2 * 2**30 + there - packed
+
+
+def test_auto_on_a_card_counts_what_the_allocator_holds_and_does_not_use(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (5 * 2**30, 24 * 2**30))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda _: 3 * 2**30)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda _: 2**30)
+    network = nn.Linear(1024, 1024, bias=False)
+    assert budget.available(torch.device("cuda"), network) == (5 + 2 - 1) * 2**30 + 4 * 2**20
 
 
 @pytest.mark.parametrize(
