@@ -103,8 +103,8 @@ def _phases(console: Console, answer: Answer) -> None:
         table.add_row(_PHASES.get(phase, phase), format_bytes(peak), style=ink)
     reserved = found.reserved
     for title, nbytes in (
-        ("in the allocator's blocks, rounded up", reserved and reserved.peak_allocated),
-        ("reserved by the allocator, a bound", reserved and reserved.peak_reserved),
+        ("in the allocator's blocks, rounded up", reserved.peak_allocated if reserved else None),
+        ("reserved by the allocator, a bound", reserved.peak_reserved if reserved else None),
     ):
         note = "asks for --exact" if nbytes is None else format_bytes(nbytes)
         table.add_row(title, note, style="dim")
