@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 
 _MORE = """\
 A LoRA brings the sampling settings of its run along, and one that lies in its
-run's folder the model; options override them. The same seed gives the same noise, so
-pictures of several calls can be compared."""
+run's folder the model; options override them. The same seed gives the same
+noise, so pictures of several calls can be compared."""
 
 _EPILOG = """\
 examples:
