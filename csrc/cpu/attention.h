@@ -77,6 +77,9 @@ extern const AttentionLoops attention_loops;
 namespace avx512_bf16 {
 extern const AttentionLoops attention_loops;
 }
+namespace amx {
+extern const AttentionLoops attention_loops;
+}
 
 // On the selected instruction set and the OpenMP pool.
 void run(const Attention<float>& op, std::int64_t batch);

@@ -12,8 +12,9 @@ namespace rewardprop::cpu {
 
 namespace {
 
-constexpr std::int64_t kPad = 16;
-constexpr std::int64_t kLine = 16;  // floats in a cache line
+constexpr std::int64_t kPad = 32;    // the largest of any instruction set
+constexpr std::int64_t kBlock = 16;  // keys whose gradients are transposed together
+constexpr std::int64_t kLine = 16;   // floats in a cache line
 
 const AttentionLoops& loops() { return REWARDPROP_SELECT(attention_loops); }
 
@@ -98,15 +99,15 @@ void backward(void (*loop)(const AttentionBackward<T>&, const AttentionPart&, fl
 }  // namespace
 
 std::int64_t attention_scratch(std::int64_t keys, std::int64_t width) {
-    const std::int64_t step = round_up(width, kPad);
-    return width * round_up(keys, kPad) + round_up(keys, 2) * step + 2 * kQueryTile * step +
-           2 * kQueryTile * key_tile(width);
+    const std::int64_t step = round_up(width, kPad), tile = round_up(key_tile(width), kPad);
+    return step * round_up(keys, kPad) + round_up(keys, kPad) * step + 2 * kQueryTile * step +
+           2 * kQueryTile * tile;
 }
 
 std::int64_t attention_backward_scratch(std::int64_t queries, std::int64_t width) {
-    const std::int64_t step = round_up(width, kPad), tile = key_tile(width);
-    return round_up(queries, kQueryTile) * (3 * step + 2) + 2 * width * tile + 3 * tile * step +
-           4 * kQueryTile * tile;
+    const std::int64_t step = round_up(width, kPad), tile = round_up(key_tile(width), kPad);
+    return round_up(queries, kQueryTile) * (3 * step + 2) + 2 * step * tile + 5 * tile * step +
+           4 * kQueryTile * tile + kBlock * step;
 }
 
 void run(const Attention<float>& op, std::int64_t batch) {

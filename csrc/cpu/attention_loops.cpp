@@ -1,7 +1,8 @@
 // The loops of attention, compiled once per instruction set with REWARDPROP_ISA naming it (scalar,
-// avx2, avx512, avx512_bf16). Softmax and all sums are float32, whatever the tensors hold. Products
-// of bfloat16 are float32's, it being widened while it is packed, or, where the processor has an
-// instruction for them, bfloat16's own, for which weights and their gradients are rounded to it.
+// avx2, avx512, avx512_bf16, amx). Softmax and all sums are float32, whatever the tensors hold.
+// Products of bfloat16 are float32's, it being widened while it is packed, or, where the processor
+// has instructions for them, bfloat16's own, for which weights and their gradients are rounded to
+// it.
 //
 // FlashAttention-2 (arXiv 2307.08691), algorithms 1 and 2, with the tiles of a CPU's caches:
 // products run on packed copies whose rows are whole vectors, so they have no edges.
@@ -15,6 +16,9 @@ namespace {
 
 constexpr float kLog2E = 1.44269504f;
 constexpr float kLn2 = 0.693147181f;
+// Gradients of keys are summed over so many queries, and those sums once more: a chain of 2^16
+// additions would lose what PyTorch's blocks keep.
+constexpr std::int64_t kQueriesOfASum = 2048;
 constexpr float kLeastPower = -126.0f;  // 2^-126 is the least normal number; below counts as zero
 
 float infinity() { return __builtin_inff(); }
@@ -37,12 +41,6 @@ void unpack(const float* __restrict from, float factor, T* __restrict to, std::i
     for (std::int64_t d = 0; d < width; ++d) math::store(factor * from[d], to + d);
 }
 
-// How many items hold so many numbers.
-template <typename P>
-constexpr std::int64_t items(std::int64_t count) {
-    return (count + P::kEach - 1) / P::kEach;
-}
-
 // Where a product's results lie as an operand: where they are, or at `elsewhere`.
 template <typename P>
 typename P::Item* operand(float* results, float* elsewhere) {
@@ -50,18 +48,37 @@ typename P::Item* operand(float* results, float* elsewhere) {
 }
 
 // 2^x for x <= 0; a NaN stays one.
-float power(float x) {
-    const float value = math::exp2_of_negative(x < kLeastPower ? kLeastPower : x);
-    return x < kLeastPower ? 0.0f : value;
+Vector power(Vector x) {
+    const Vector value =
+        math::exp2_of_negative_as<Vector, Bits>(x < kLeastPower ? broadcast(kLeastPower) : x);
+    return x < kLeastPower ? Vector{} : value;
 }
 
-// Scales a row of scores in place, sets what lies past the keys to -inf, and gives its maximum.
-float scale_row(float* __restrict scores, std::int64_t keys, std::int64_t padded, float factor) {
-    for (std::int64_t i = 0; i < padded; ++i) scores[i] *= factor;
-    for (std::int64_t i = keys; i < padded; ++i) scores[i] = -infinity();
+float power(float x) { return power(broadcast(x))[0]; }
+
+// What to add to a vector of which so many keys are there: 0, and -inf past them.
+Vector past(std::int64_t keys) {
+    static constexpr struct Table {
+        float at[2 * kLanes];
+        constexpr Table() : at() {
+            for (int i = 0; i < kLanes; ++i) at[kLanes + i] = -__builtin_inff();
+        }
+    } table;
+    return load(table.at + kLanes - (keys < 0 ? 0 : keys));
+}
+
+// A row's scaled scores less `by` at `i`, in one rounding where the processor has such: then scores
+// that are large lose nothing to the product.
+Vector scaled(const float* scores, std::int64_t i, std::int64_t keys, float factor, float by) {
+    const Vector value = load(scores + i) * factor - by;
+    return i + kLanes <= keys ? value : value + past(keys - i);
+}
+
+// The maximum of a row's scaled scores.
+float highest_of(const float* scores, std::int64_t keys, float factor) {
     Vector most = broadcast(-infinity());
-    for (std::int64_t i = 0; i < padded; i += kLanes) {
-        const Vector value = load(scores + i);
+    for (std::int64_t i = 0; i < keys; i += kLanes) {
+        const Vector value = scaled(scores, i, keys, factor, 0.0f);
         most = value > most ? value : most;
     }
     float result = most[0];
@@ -69,11 +86,15 @@ float scale_row(float* __restrict scores, std::int64_t keys, std::int64_t padded
     return result;
 }
 
-// Scores become weights 2^(score - maximum); gives their sum.
-float weigh_row(float* __restrict scores, std::int64_t padded, float maximum) {
-    for (std::int64_t i = 0; i < padded; ++i) scores[i] = power(scores[i] - maximum);
+// Scores become weights 2^(factor score - maximum), 0 past the keys; gives their sum.
+float weigh_row(float* __restrict scores, std::int64_t keys, std::int64_t padded, float factor,
+                float maximum) {
     Vector sums{};
-    for (std::int64_t i = 0; i < padded; i += kLanes) sums += load(scores + i);
+    for (std::int64_t i = 0; i < padded; i += kLanes) {
+        const Vector weight = power(scaled(scores, i, keys, factor, maximum));
+        save(weight, scores + i);
+        sums += weight;
+    }
     float result = 0.0f;
     for (int i = 0; i < kLanes; ++i) result += sums[i];
     return result;
@@ -86,11 +107,13 @@ template <typename T>
 void forward(const Attention<T>& op, const AttentionPart& part, float* scratch) {
     using P = typename PackingOf<T>::Type;
     using Item = typename P::Item;
-    const std::int64_t width = op.width, step = round_up(width, kPad), tile = key_tile(width);
+    const std::int64_t width = op.width, step = round_up(width, P::kPad);
+    const std::int64_t tile = round_up(key_tile(width), P::kPad);
     const std::int64_t columns = round_up(width, kLanes), depth = items<P>(width);
     const float factor = op.scale * kLog2E;
+    const typename P::Use use;
     Item* keys_turned = reinterpret_cast<Item*>(scratch);  // of one tile after another
-    Item* values = keys_turned + depth * round_up(op.keys, kPad);
+    Item* values = keys_turned + depth * round_up(op.keys, P::kPad);
     Item* queries = values + items<P>(op.keys) * step;
     float* sums = reinterpret_cast<float*>(queries + kQueryTile * items<P>(step));
     float* scores = sums + kQueryTile * step;
@@ -98,28 +121,28 @@ void forward(const Attention<T>& op, const AttentionPart& part, float* scratch) 
     for (std::int64_t key = 0; key < op.keys; key += tile) {
         const std::int64_t count = op.keys - key < tile ? op.keys - key : tile;
         P::turned(row_of(op.k, op.heads, part.head, key), op.k.row_stride, count, width,
-                  keys_turned + depth * key, round_up(count, kPad));
+                  keys_turned + depth * key, round_up(count, P::kPad));
     }
-    P::stacked(row_of(op.v, op.heads, part.head, 0), op.v.row_stride, op.keys, op.keys, width,
-               values, step);
+    P::stacked(row_of(op.v, op.heads, part.head, 0), op.v.row_stride, op.keys,
+               items<P>(op.keys) * P::kEach, width, values, step);
     for (std::int64_t first = part.first_query; first < part.last_query; first += kQueryTile) {
         const std::int64_t left = part.last_query - first;
         const std::int64_t count = left < kQueryTile ? left : kQueryTile;
-        const std::int64_t rows = round_up(count, kRows);
+        const std::int64_t rows = round_up(count, P::kRows);
         P::rows(row_of(op.q, op.heads, part.head, first), op.q.row_stride, count, rows, width,
                 queries, items<P>(step));
         float maximum[kQueryTile], total[kQueryTile];
         for (std::int64_t key = 0; key < op.keys; key += tile) {
             const std::int64_t key_count = op.keys - key < tile ? op.keys - key : tile;
-            const std::int64_t padded = round_up(key_count, kPad);
-            product<P, false>(queries, items<P>(step), keys_turned + depth * key, padded, scores,
-                              padded, rows, padded, depth, false);
+            const std::int64_t padded = round_up(key_count, P::kPad);
+            P::multiply(queries, items<P>(step), keys_turned + depth * key, padded, scores, padded,
+                        rows, padded, depth, false);
             for (std::int64_t i = 0; i < rows; ++i) {
                 float* row = scores + i * padded;
-                const float highest = scale_row(row, key_count, padded, factor);
+                const float highest = highest_of(row, key_count, factor);
                 if (key == 0) {
                     maximum[i] = highest;
-                    total[i] = weigh_row(row, padded, above(highest));
+                    total[i] = weigh_row(row, key_count, padded, factor, above(highest));
                 } else {
                     const float before = maximum[i];
                     if (highest > before) {
@@ -128,12 +151,12 @@ void forward(const Attention<T>& op, const AttentionPart& part, float* scratch) 
                         total[i] *= shrink;
                         for (std::int64_t d = 0; d < columns; ++d) sums[i * step + d] *= shrink;
                     }
-                    total[i] += weigh_row(row, padded, above(maximum[i]));
+                    total[i] += weigh_row(row, key_count, padded, factor, above(maximum[i]));
                 }
                 if constexpr (!P::kInPlace) P::round(row, padded, weights + i * items<P>(padded));
             }
-            product<P, false>(weights, items<P>(padded), values + items<P>(key) * step, step, sums,
-                              step, rows, columns, items<P>(key_count), key > 0);
+            P::multiply(weights, items<P>(padded), values + items<P>(key) * step, step, sums, step,
+                        rows, columns, items<P>(key_count), key > 0);
         }
         for (std::int64_t i = 0; i < count; ++i) {
             unpack(sums + i * step, 1.0f / total[i], row_of(op.out, op.heads, part.head, first + i),
@@ -147,10 +170,10 @@ void forward(const Attention<T>& op, const AttentionPart& part, float* scratch) 
 // delta = sum_d dO O.
 template <typename T>
 float dot_row(const T* __restrict a, const T* __restrict b, std::int64_t width) {
-    float lanes[kPad] = {};
+    float lanes[kBlock] = {};
     std::int64_t d = 0;
-    for (; d + kPad <= width; d += kPad) {
-        for (std::int64_t i = 0; i < kPad; ++i)
+    for (; d + kBlock <= width; d += kBlock) {
+        for (std::int64_t i = 0; i < kBlock; ++i)
             lanes[i] += math::to_float(a[d + i]) * math::to_float(b[d + i]);
     }
     float result = 0.0f;
@@ -160,15 +183,12 @@ float dot_row(const T* __restrict a, const T* __restrict b, std::int64_t width) 
 }
 
 // Scores become weights 2^(factor score - lse2), and dP becomes dS = P (dP - delta).
-void weigh_row_backward(float* __restrict scores, float* __restrict dscores, std::int64_t padded,
-                        float factor, float lse2, float delta) {
-    // Rounded before the subtraction, as the forward pass has it: where scores are large, weights
-    // of both passes would otherwise differ from key to key, and dS no longer sum up to zero.
-    for (std::int64_t i = 0; i < padded; ++i) scores[i] *= factor;
-    for (std::int64_t i = 0; i < padded; ++i) {
-        const float weight = power(scores[i] - lse2);
-        scores[i] = weight;
-        dscores[i] = weight * (dscores[i] - delta);
+void weigh_row_backward(float* __restrict scores, float* __restrict dscores, std::int64_t keys,
+                        std::int64_t padded, float factor, float lse2, float delta) {
+    for (std::int64_t i = 0; i < padded; i += kLanes) {
+        const Vector weight = power(scaled(scores, i, keys, factor, lse2));
+        save(weight, scores + i);
+        save(weight * (load(dscores + i) - delta), dscores + i);
     }
 }
 
@@ -176,10 +196,12 @@ template <typename T>
 void backward(const AttentionBackward<T>& op, const AttentionPart& part, float* scratch) {
     using P = typename PackingOf<T>::Type;
     using Item = typename P::Item;
-    const std::int64_t width = op.width, step = round_up(width, kPad), tile = key_tile(width);
+    const std::int64_t width = op.width, step = round_up(width, P::kPad);
+    const std::int64_t tile = round_up(key_tile(width), P::kPad);
     const std::int64_t columns = round_up(width, kLanes), depth = items<P>(width);
     const std::int64_t row_step = items<P>(step);
     const float factor = op.scale * kLog2E;
+    const typename P::Use use;
     const std::int64_t count = part.last_query - part.first_query;
     const std::int64_t query_rows = round_up(count, kQueryTile);
     // Left operands, and right ones, which are the same or take the rest of the same memory.
@@ -198,6 +220,9 @@ void backward(const AttentionBackward<T>& op, const AttentionPart& part, float* 
     float* scores = dvalues + tile * step;
     float* dscores = scores + kQueryTile * tile;
     float* rounded = dscores + kQueryTile * tile;
+    float* spare = rounded + 2 * kQueryTile * tile;
+    // Of dkeys and dvalues, which lie side by side.
+    float* sums = count > kQueriesOfASum ? spare + kBlock * step : dkeys;
     Item* weights_turned = operand<P>(scores, rounded);
     Item* dscores_turned = operand<P>(dscores, rounded + kQueryTile / 2 * tile);
     Item* dscores_rows = operand<P>(dscores, rounded + kQueryTile * tile);
@@ -207,8 +232,8 @@ void backward(const AttentionBackward<T>& op, const AttentionPart& part, float* 
     P::rows(q_rows, op.q.row_stride, count, query_rows, width, queries, row_step);
     P::rows(grad_rows, op.grad.row_stride, count, query_rows, width, grads, row_step);
     if constexpr (!P::kStackedAreRows) {
-        P::stacked(q_rows, op.q.row_stride, count, query_rows, width, right_queries, step);
-        P::stacked(grad_rows, op.grad.row_stride, count, query_rows, width, right_grads, step);
+        P::queries(q_rows, op.q.row_stride, count, query_rows, width, right_queries, step);
+        P::queries(grad_rows, op.grad.row_stride, count, query_rows, width, right_grads, step);
     }
     for (std::int64_t i = 0; i < query_rows; ++i) {
         // A query that is not there weighs 2^-inf = 0.
@@ -222,7 +247,7 @@ void backward(const AttentionBackward<T>& op, const AttentionPart& part, float* 
     for (std::int64_t key = part.first_key; key < part.last_key; key += tile) {
         const std::int64_t left = part.last_key - key;
         const std::int64_t key_count = left < tile ? left : tile;
-        const std::int64_t padded = round_up(key_count, kPad);
+        const std::int64_t padded = round_up(key_count, P::kPad);
         P::turned(row_of(op.k, op.heads, part.head, key), op.k.row_stride, key_count, width,
                   keys_turned, padded);
         if (part.dq || part.dk) {
@@ -231,23 +256,24 @@ void backward(const AttentionBackward<T>& op, const AttentionPart& part, float* 
         }
         if (part.dq) {
             P::stacked(row_of(op.k, op.heads, part.head, key), op.k.row_stride, key_count,
-                       key_count, width, keys, step);
+                       items<P>(key_count) * P::kEach, width, keys, step);
         }
-        for (std::int64_t i = 0; count == 0 && i < key_count * step; ++i)
-            dkeys[i] = dvalues[i] = 0.0f;
+        for (std::int64_t i = 0; count == 0 && i < padded * step; ++i) dkeys[i] = dvalues[i] = 0.0f;
         for (std::int64_t first = 0; first < count; first += kQueryTile) {
             const std::int64_t rest = count - first;
-            const std::int64_t rows = round_up(rest < kQueryTile ? rest : kQueryTile, kRows);
-            product<P, false>(queries + first * row_step, row_step, keys_turned, padded, scores,
-                              padded, rows, padded, depth, false);
+            const std::int64_t rows = round_up(rest < kQueryTile ? rest : kQueryTile, P::kRows);
+            const bool add = first % kQueriesOfASum != 0;
+            P::multiply(queries + first * row_step, row_step, keys_turned, padded, scores, padded,
+                        rows, padded, depth, false);
             if (part.dq || part.dk) {
-                product<P, false>(grads + first * row_step, row_step, values_turned, padded,
-                                  dscores, padded, rows, padded, depth, false);
+                P::multiply(grads + first * row_step, row_step, values_turned, padded, dscores,
+                            padded, rows, padded, depth, false);
             }
             for (std::int64_t i = 0; i < rows; ++i) {
                 float* row = scores + i * padded;
                 float* drow = dscores + i * padded;
-                weigh_row_backward(row, drow, padded, factor, lse2[first + i], delta[first + i]);
+                weigh_row_backward(row, drow, key_count, padded, factor, lse2[first + i],
+                                   delta[first + i]);
                 if constexpr (!P::kInPlace) {
                     P::round(drow, padded, dscores_rows + i * items<P>(padded));
                     if (i % 2 == 0) continue;
@@ -255,31 +281,35 @@ void backward(const AttentionBackward<T>& op, const AttentionPart& part, float* 
                     P::round(drow - padded, drow, padded, dscores_turned + i / 2 * padded);
                 }
             }
-            const std::int64_t key_rows = round_up(key_count, kRows);
             if (part.dv) {
-                product<P, true>(weights_turned, padded, right_grads + items<P>(first) * step, step,
-                                 dvalues, step, key_rows, columns, items<P>(rows), first > 0);
+                P::add_over_queries(weights_turned, padded, right_grads, step, query_rows, first,
+                                    dvalues, key_count, columns, rows, add);
             }
             if (part.dk) {
-                product<P, true>(dscores_turned, padded, right_queries + items<P>(first) * step,
-                                 step, dkeys, step, key_rows, columns, items<P>(rows), first > 0);
+                P::add_over_queries(dscores_turned, padded, right_queries, step, query_rows, first,
+                                    dkeys, key_count, columns, rows, add);
             }
             if (part.dq) {
-                product<P, false>(dscores_rows, items<P>(padded), keys, step,
-                                  dqueries + first * step, step, rows, columns, items<P>(key_count),
-                                  key > part.first_key);
+                P::multiply(dscores_rows, items<P>(padded), keys, step, dqueries + first * step,
+                            step, rows, columns, items<P>(key_count), key > part.first_key);
+            }
+            const std::int64_t next = first + kQueryTile;
+            if (sums != dkeys && (next % kQueriesOfASum == 0 || next >= count)) {
+                const bool anew = next <= kQueriesOfASum;
+                for (std::int64_t i = 0; i < 2 * tile * step; ++i)
+                    sums[i] = anew ? dkeys[i] : sums[i] + dkeys[i];
             }
         }
-        for (std::int64_t i = 0; i < key_count; ++i) {
-            if (part.dk) {
-                unpack(dkeys + i * step, op.scale, row_of(op.dk, op.heads, part.head, key + i),
-                       width);
+        const auto give = [&](const float* of, float by, const Rows<T>& to) {
+            for (std::int64_t i = 0; i < key_count; i += kBlock) {
+                const float* rows = P::of_keys(of, i, padded, step, columns, spare);
+                for (std::int64_t j = 0; j < kBlock && i + j < key_count; ++j)
+                    unpack(rows + j * step, by, row_of(to, op.heads, part.head, key + i + j),
+                           width);
             }
-            if (part.dv) {
-                unpack(dvalues + i * step, 1.0f, row_of(op.dv, op.heads, part.head, key + i),
-                       width);
-            }
-        }
+        };
+        if (part.dk) give(sums, op.scale, op.dk);
+        if (part.dv) give(sums + tile * step, 1.0f, op.dv);
     }
     for (std::int64_t i = 0; part.dq && i < count; ++i) {
         unpack(dqueries + i * step, op.scale,

@@ -19,20 +19,20 @@
 
 namespace rewardprop::cpu::REWARDPROP_ISA {
 
-// A product's tile of results stays in registers: kRows rows of up to kColumns vectors.
+// Vectors' results stay in registers: kHeight rows of up to kColumns vectors.
 #if defined(__AVX512F__)
-constexpr int kLanes = 16, kRows = 8;
+constexpr int kLanes = 16, kHeight = 8;
 #elif defined(__AVX2__)
-constexpr int kLanes = 8, kRows = 4;
+constexpr int kLanes = 8, kHeight = 4;
 #else
-constexpr int kLanes = 4, kRows = 4;
+constexpr int kLanes = 4, kHeight = 4;
 #endif
 constexpr int kColumns = 3;
 // So many items make one sum.
 constexpr std::int64_t kDepth = 64;
 
-// Rows are this far apart or a multiple: whole vectors of the widest instruction set.
-constexpr std::int64_t kPad = 16;
+// Whole vectors of the widest instruction set.
+constexpr std::int64_t kBlock = 16;
 
 typedef float Vector __attribute__((vector_size(kLanes * sizeof(float))));
 typedef std::uint32_t Bits __attribute__((vector_size(kLanes * sizeof(std::uint32_t))));
@@ -56,7 +56,10 @@ static inline std::int64_t round_up(std::int64_t value, std::int64_t step) {
 
 struct Floats {
     using Item = float;
-    static constexpr std::int64_t kEach = 1;  // numbers in an item
+    static constexpr std::int64_t kEach = 1;        // numbers in an item
+    static constexpr std::int64_t kRows = kHeight;  // a left operand has a multiple of these,
+    static constexpr std::int64_t kPad = kBlock;    // rows lie a multiple of these apart,
+    static constexpr std::int64_t kDeep = 1;        // and sums are a multiple of these long
     using Block = Vector;
     static Vector add_product(Vector sum, Item left, Block right) { return sum + left * right; }
 };
@@ -65,6 +68,9 @@ struct Floats {
 struct Pairs {
     using Item = std::uint32_t;
     static constexpr std::int64_t kEach = 2;
+    static constexpr std::int64_t kRows = kHeight;
+    static constexpr std::int64_t kPad = kBlock;
+    static constexpr std::int64_t kDeep = 2;
     using Block = Bits;
     static Vector add_product(Vector sum, Item left, Block right) {
 #if defined(__AVX512BF16__)
@@ -83,17 +89,17 @@ struct Pairs {
     }
 };
 
-// c (kRows, N vectors) = or += a b. a is (kRows, depth), or (depth, kRows) where kTurned; rows of
-// a, b and c are a_step, b_step and c_step apart; depth counts items. The sum begins at zero and is
-// added to c at the end: what is long is summed in pieces, which loses less than one chain of
-// additions.
+// c (kHeight, N vectors) = or += a b. a is (kHeight, depth), or (depth, kHeight) where kTurned;
+// rows of a, b and c are a_step, b_step and c_step apart; depth counts items. The sum begins at
+// zero and is added to c at the end: what is long is summed in pieces, which loses less than one
+// chain of additions.
 template <typename Kind, int N, bool kTurned, bool kAdd>
 static inline void product_tile(const typename Kind::Item* __restrict a, std::int64_t a_step,
                                 const typename Kind::Item* __restrict b, std::int64_t b_step,
                                 float* __restrict c, std::int64_t c_step, std::int64_t depth) {
-    Vector sum[kRows][N];
+    Vector sum[kHeight][N];
 #pragma GCC unroll 8
-    for (int m = 0; m < kRows; ++m) {
+    for (int m = 0; m < kHeight; ++m) {
 #pragma GCC unroll 4
         for (int n = 0; n < N; ++n) sum[m][n] = Vector{};
     }
@@ -103,14 +109,14 @@ static inline void product_tile(const typename Kind::Item* __restrict a, std::in
         for (int n = 0; n < N; ++n)
             right[n] = load_as<typename Kind::Block>(b + d * b_step + n * kLanes);
 #pragma GCC unroll 8
-        for (int m = 0; m < kRows; ++m) {
+        for (int m = 0; m < kHeight; ++m) {
             const typename Kind::Item left = kTurned ? a[d * a_step + m] : a[m * a_step + d];
 #pragma GCC unroll 4
             for (int n = 0; n < N; ++n) sum[m][n] = Kind::add_product(sum[m][n], left, right[n]);
         }
     }
 #pragma GCC unroll 8
-    for (int m = 0; m < kRows; ++m) {
+    for (int m = 0; m < kHeight; ++m) {
 #pragma GCC unroll 4
         for (int n = 0; n < N; ++n) {
             float* to = c + m * c_step + n * kLanes;
@@ -123,7 +129,7 @@ template <typename Kind, int N, bool kTurned, bool kAdd>
 static void product_panel(const typename Kind::Item* a, std::int64_t a_step,
                           const typename Kind::Item* b, std::int64_t b_step, float* c,
                           std::int64_t c_step, std::int64_t rows, std::int64_t depth) {
-    for (std::int64_t m = 0; m < rows; m += kRows) {
+    for (std::int64_t m = 0; m < rows; m += kHeight) {
         product_tile<Kind, N, kTurned, kAdd>(a + (kTurned ? m : m * a_step), a_step, b, b_step,
                                              c + m * c_step, c_step, depth);
     }
@@ -148,8 +154,8 @@ static void product_piece(const typename Kind::Item* a, std::int64_t a_step,
     }
 }
 
-// c (rows, columns) = or += a b, with rows a multiple of kRows and columns one of kLanes. Panels of
-// b stay in the first cache while a passes by.
+// c (rows, columns) = or += a b, with rows a multiple of kHeight and columns one of kLanes. Panels
+// of b stay in the first cache while a passes by.
 template <typename Kind, bool kTurned>
 static void product(const typename Kind::Item* a, std::int64_t a_step, const typename Kind::Item* b,
                     std::int64_t b_step, float* c, std::int64_t c_step, std::int64_t rows,

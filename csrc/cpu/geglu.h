@@ -45,6 +45,9 @@ extern const GegluLoops geglu_loops;
 namespace avx512_bf16 {
 extern const GegluLoops geglu_loops;
 }
+namespace amx {
+extern const GegluLoops geglu_loops;
+}
 
 // On the selected instruction set and the OpenMP pool; `count` is M N.
 void run(const Geglu<float>& op, std::int64_t count);

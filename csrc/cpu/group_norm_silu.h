@@ -124,6 +124,10 @@ namespace avx512_bf16 {
 extern const GroupNormLoops<float> group_norm_loops_f32;
 extern const GroupNormLoops<math::BFloat16> group_norm_loops_bf16;
 }  // namespace avx512_bf16
+namespace amx {
+extern const GroupNormLoops<float> group_norm_loops_f32;
+extern const GroupNormLoops<math::BFloat16> group_norm_loops_bf16;
+}  // namespace amx
 
 // On the selected instruction set and the OpenMP pool. The result does not depend on the number of
 // threads: what a thread sums up is cut by the shape alone, and added in one order.

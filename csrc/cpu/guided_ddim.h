@@ -53,6 +53,9 @@ extern const GuidedDDIMLoops guided_ddim_loops;
 namespace avx512_bf16 {
 extern const GuidedDDIMLoops guided_ddim_loops;
 }
+namespace amx {
+extern const GuidedDDIMLoops guided_ddim_loops;
+}
 
 // On the selected instruction set and the OpenMP pool. Overloads, so that callers can be templates.
 void run(const GuidedDDIM<float>& step, std::int64_t count);

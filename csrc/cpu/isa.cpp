@@ -3,6 +3,11 @@
 #include <cstdlib>
 #include <stdexcept>
 
+#if defined(REWARDPROP_HAS_AMX) && defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 namespace rewardprop::cpu {
 
 namespace {
@@ -12,6 +17,19 @@ namespace {
     return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
            __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
 }
+
+#if defined(REWARDPROP_HAS_AMX)
+// Linux gives a process the tiles' registers when it asks for them.
+bool machine_has_amx() {
+#if defined(__linux__)
+    constexpr int kRequestPermission = 0x1023, kTileData = 18;
+    return __builtin_cpu_supports("amx-tile") && __builtin_cpu_supports("amx-bf16") &&
+           syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+#else
+    return false;
+#endif
+}
+#endif
 
 bool machine_has(Isa isa) {
     switch (isa) {
@@ -26,6 +44,10 @@ bool machine_has(Isa isa) {
 #if defined(REWARDPROP_HAS_AVX512_BF16)
         case Isa::Avx512Bf16:
             return machine_has_avx512() && __builtin_cpu_supports("avx512bf16");
+#endif
+#if defined(REWARDPROP_HAS_AMX)
+        case Isa::Amx:
+            return machine_has(Isa::Avx512Bf16) && machine_has_amx();
 #endif
         default:
             return isa == Isa::Scalar;
@@ -61,6 +83,8 @@ const char* name(Isa isa) {
             return "avx512";
         case Isa::Avx512Bf16:
             return "avx512_bf16";
+        case Isa::Amx:
+            return "amx";
         default:
             return "scalar";
     }
@@ -77,6 +101,9 @@ std::vector<Isa> compiled() {
 #endif
 #if defined(REWARDPROP_HAS_AVX512_BF16)
         Isa::Avx512Bf16,
+#endif
+#if defined(REWARDPROP_HAS_AMX)
+        Isa::Amx,
 #endif
     };
 }

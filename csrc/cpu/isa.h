@@ -8,7 +8,7 @@ namespace rewardprop::cpu {
 
 // In rising order of preference. Scalar is the compiler's baseline for the target: no extension is
 // asked for.
-enum class Isa { Scalar, Avx2, Avx512, Avx512Bf16 };
+enum class Isa { Scalar, Avx2, Avx512, Avx512Bf16, Amx };
 
 const char* name(Isa isa);
 
@@ -20,7 +20,7 @@ std::vector<Isa> compiled();
 std::vector<Isa> supported();
 
 // The best supported one, or what the environment variable REWARDPROP_ISA names (scalar, avx2,
-// avx512, avx512_bf16). Decided once per process. Throws std::invalid_argument if the name is
+// avx512, avx512_bf16, amx). Decided once per process. Throws std::invalid_argument if the name is
 // unknown or this machine or binary lacks it.
 Isa selected();
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from rewardprop_fast import ops
+from rewardprop_fast import ops, processor
 from rewardprop_fast.errors import ConfigError
 from rewardprop_fast.ops import cuda_module, native
 from rewardprop_fast.version import __version__
@@ -105,6 +105,7 @@ def render(facts: dict[str, Any] | None = None) -> str:
 _BF16_MEANING = {
     "amx": "fast: AMX tiles",
     "avx512_bf16": "fast: AVX512-BF16",
+    "arm": "fast: Arm's BF16",
     "none": "slow: no instruction for it here, float32 is the better choice",
 }
 
@@ -141,17 +142,10 @@ def _openmp_pools() -> list[str] | None:
 
 
 def _cpu() -> dict[str, Any]:
-    """Name, usable cores, and what bfloat16 rests on: "amx", "avx512_bf16" or "none"."""
-    try:
-        info = Path("/proc/cpuinfo").read_text(encoding="utf-8")
-    except OSError:
-        info = ""
-    name = re.search(r"^model name\s*:\s*(.+)$", info, re.MULTILINE)
-    flags_line = re.search(r"^flags\s*:\s*(.+)$", info, re.MULTILINE)
-    flags = set(flags_line[1].split()) if flags_line else set()
-    bf16 = "amx" if "amx_bf16" in flags else "avx512_bf16" if "avx512_bf16" in flags else "none"
+    """Name, usable cores, and what bfloat16 rests on: a key of `_BF16_MEANING`."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return {"name": name[1] if name else platform.machine(), "cores": cores, "bf16": bf16}
+    bf16 = processor.bfloat16() or "none"
+    return {"name": processor.name() or platform.machine(), "cores": cores, "bf16": bf16}
 
 
 def _memory() -> dict[str, int | None]:

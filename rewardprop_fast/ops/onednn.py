@@ -3,7 +3,8 @@
 With AVX-512 float32 products run here, not in MKL, which PyTorch takes by itself: on an AMD EPYC,
 beside other work, oneDNN took 0.78 to 0.9 of MKL's time for most shapes of diffusion models. With
 AVX2 it takes 0.75 to 1.1 of it, but 1.3 to 1.8 for the input gradient of layers from 1280 columns
-on, and of so many its sums are less than half as exact. In bfloat16 PyTorch takes oneDNN already.
+on, and of so many its sums are less than half as exact; on an Intel Xeon with AVX-512 it takes 0.9
+to 1.1, and 1.0 to 1.6 for the input gradient. In bfloat16 PyTorch takes oneDNN already.
 Weights of products are not packed beforehand: in bfloat16 the gain was within the noise, in float32
 some shapes gained more, at the price of a second copy of the weight for each direction.
 """
@@ -17,19 +18,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from rewardprop_fast import processor
+
 #: Below, a convolution's weight is so small that bringing it into another layout costs nothing.
 _LEAST_CHANNELS = 16
 
 #: oneDNN's widest block of output channels with AVX-512. Where it divides them, it is the block for
-#: every image; elsewhere, and on CPUs without AVX-512 always, the block depends on the image, and a
-#: weight packed for another takes up to thirty times as long, since it is brought into the right
-#: layout at every call.
+#: every image; elsewhere, and always on CPUs without AVX-512 or of bfloat16 in AMX's tiles, the
+#: block depends on the image, and a weight packed for another takes up to thirty times as long,
+#: since it is brought into the right layout at every call.
 _BLOCK = 64
 
 
 def linear(x_MK: Tensor, weight_NK: Tensor, bias: Tensor | None) -> Tensor:
     """x W^T + b of dense rows; the weight may be a transposed view."""
-    if x_MK.dtype == torch.float32 and x_MK.shape[0] > 0 and _available() and _has_avx512():
+    if x_MK.dtype == torch.float32 and x_MK.shape[0] > 0 and _available() and _beats_mkl():
         product: Tensor = torch.ops.mkldnn._linear_pointwise(x_MK, weight_NK, bias, "none", [], "")
         return product
     return F.linear(x_MK, weight_NK, bias)
@@ -50,12 +53,13 @@ def convolution(
     return y
 
 
-def images_of_one_layout(channels: int, shape: Sequence[int]) -> tuple[int, ...]:
-    """What a packed weight of so many output channels is good for: () for images of every shape.
+def images_of_one_layout(weight: Tensor, shape: Sequence[int]) -> tuple[int, ...]:
+    """What a packed copy of this weight is good for: () for images of every shape.
 
     Otherwise for those of this shape (B, C, H, W) alone.
     """
-    return () if channels % _BLOCK == 0 and _has_avx512() else tuple(shape)
+    one = weight.shape[0] % _BLOCK == 0 and _has_avx512()
+    return () if one and not (weight.dtype == torch.bfloat16 and _has_amx()) else tuple(shape)
 
 
 def pack_convolution(
@@ -66,7 +70,7 @@ def pack_convolution(
     shape: Sequence[int],
 ) -> Tensor:
     """(N, C, kh, kw) in the layout that `convolution` reads fastest for an image of this shape."""
-    image = images_of_one_layout(weight.shape[0], shape)
+    image = images_of_one_layout(weight, shape)
     packed: Tensor = torch.ops.mkldnn._reorder_convolution_weight(
         weight, padding, stride, dilation, 1, list(image) or None
     )
@@ -140,6 +144,16 @@ def why_not_convolution(dtype: torch.dtype) -> str | None:
 @cache
 def _has_avx512() -> bool:
     return "AVX512" in torch.backends.cpu.get_cpu_capability()
+
+
+@cache
+def _has_amx() -> bool:
+    return processor.bfloat16() == "amx"
+
+
+@cache
+def _beats_mkl() -> bool:
+    return _has_avx512() and not processor.is_intel()
 
 
 @cache

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import warnings
-from pathlib import Path
 
 import torch
 
-_FAST_BF16 = ("avx512_bf16", "amx_bf16", "bf16")  # x86, x86, Arm
+from rewardprop_fast import processor
 
 
 def resolve_device(name: str) -> torch.device:
@@ -40,10 +39,5 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
 
 
 def cpu_has_fast_bf16() -> bool:
-    """Whether /proc/cpuinfo names bf16 instructions; False where it cannot be read."""
-    try:
-        text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return False
-    line = next((x for x in text.splitlines() if x.lower().startswith(("flags", "features"))), "")
-    return any(flag in line.split() for flag in _FAST_BF16)
+    """Whether the processor says that it has instructions for it."""
+    return processor.bfloat16() is not None

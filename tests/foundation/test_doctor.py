@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -93,7 +94,7 @@ def test_bfloat16_rests_on_the_processors_flags(
     flags: str, expected: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     text = f"processor\t: 0\nmodel name\t: A CPU\nflags\t\t: fpu {flags}\n"
-    monkeypatch.setattr(doctor.Path, "read_text", lambda *_, **__: text)
+    monkeypatch.setattr(Path, "read_text", lambda *_, **__: text)
     assert doctor._cpu()["bf16"] == expected
     assert doctor._cpu()["name"] == "A CPU"
 

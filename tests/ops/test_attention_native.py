@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,12 @@ from torch import Tensor
 from rewardprop_fast import ops
 from rewardprop_fast.ops import native
 from rewardprop_fast.ops.attention import ATTENTION
-from tests.ops.oracle import assert_as_exact_as_torch, native_missing, output_and_gradients
+from tests.ops.oracle import (
+    assert_as_exact_as_torch,
+    native_missing,
+    output_and_gradients,
+    relative_error,
+)
 
 pytestmark = pytest.mark.skipif(**native_missing())
 
@@ -70,6 +77,22 @@ def test_instruction_sets_agree(tmp_path: Path) -> None:
             torchs = output_and_gradients(plain, inputs, grad)
             exact = output_and_gradients(plain, [x.double() for x in inputs], grad)
             assert_as_exact_as_torch(ours, torchs, exact)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_fills_up_the_keys_has_no_weight(dtype: torch.dtype) -> None:
+    """All scores far below zero: beside them one of zero would be infinite."""
+    for lse in torch.linspace(-90, -87, 31).tolist():
+        leaf = torch.full((1, 1, 8, 16), (lse - math.log(77)) / 16)
+        inputs = [leaf, torch.ones(1, 1, 77, 16), torch.randn(1, 1, 77, 16)]
+        inputs = [x.to(dtype) for x in inputs]
+        grad = torch.randn(1, 1, 8, 16).to(dtype)
+        with ops.backend("native", strict=True):
+            ours = output_and_gradients(partial(ops.attention, scale=1.0), inputs, grad)
+        plain = partial(F.scaled_dot_product_attention, scale=1.0)
+        exact = output_and_gradients(plain, [x.double() for x in inputs], grad.double())
+        for own, truth in zip(ours, exact, strict=True):
+            assert relative_error(own, truth) < 0.05, lse
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 300, 450, 40), (1, 3, 65, 20, 36), (1, 2, 70, 130, 400)])

@@ -33,7 +33,7 @@ def for_forward(
     """
     return packs_of(weight).kept(
         ("forward", *stride, *padding, *dilation),
-        onednn.images_of_one_layout(weight.shape[0], shape),
+        onednn.images_of_one_layout(weight, shape),
         lambda: onednn.pack_convolution(weight.detach(), stride, padding, dilation, shape),
     )
 

@@ -91,7 +91,7 @@ def _fold(weight: Tensor, phase: int, dim: int) -> Tensor:
 def _for_forward(weight: Tensor, row: int, column: int, shape: Sequence[int]) -> Tensor:
     return packing.packs_of(weight).kept(
         ("upsampled forward", row, column),
-        onednn.images_of_one_layout(weight.shape[0], shape),
+        onednn.images_of_one_layout(weight, shape),
         lambda: onednn.pack_convolution(folded(weight, row, column), _ONE, _PADDING, _ONE, shape),
     )
 

@@ -1,5 +1,6 @@
-// Attention of bfloat16 on pairs, as processors with AVX512-BF16 run it, for any processor: built
-// with REWARDPROP_PAIRS by test_attention_pairs.py, which calls these two.
+// Attention of bfloat16 on pairs or tiles, as processors with AVX512-BF16 or AMX run it, for any
+// processor: built with REWARDPROP_PAIRS or REWARDPROP_TILES by test_attention_bfloat16.py, which
+// calls these two.
 #include "attention.h"
 
 using rewardprop::cpu::Attention;
@@ -17,7 +18,7 @@ Rows<T> dense(T* data, std::int64_t length, std::int64_t width) {
 
 }  // namespace
 
-extern "C" void pairs_forward(std::int64_t heads, std::int64_t queries, std::int64_t keys,
+extern "C" void attention_forward(std::int64_t heads, std::int64_t queries, std::int64_t keys,
                               std::int64_t width, float scale, const BFloat16* q, const BFloat16* k,
                               const BFloat16* v, BFloat16* out, float* lse) {
     const Attention<BFloat16> op{dense(q, queries, width),
@@ -33,7 +34,7 @@ extern "C" void pairs_forward(std::int64_t heads, std::int64_t queries, std::int
     rewardprop::cpu::run(op, 1);
 }
 
-extern "C" void pairs_backward(std::int64_t heads, std::int64_t queries, std::int64_t keys,
+extern "C" void attention_backward(std::int64_t heads, std::int64_t queries, std::int64_t keys,
                                std::int64_t width, float scale, const BFloat16* grad,
                                const BFloat16* q, const BFloat16* k, const BFloat16* v,
                                const BFloat16* out, const float* lse, BFloat16* dq, BFloat16* dk,
