@@ -100,6 +100,7 @@ def trainer_of(run: Run, size: Size) -> rpf.RewardPropTrainer:
             weight_decay=run.weight_decay,
             max_grad_norm=run.max_grad_norm,
         ),
+        output=rpf.OutputConfig(drift_every=run.every),
         steps=run.updates,
         batch_size=run.batch,
         accumulation_steps=run.accumulation,

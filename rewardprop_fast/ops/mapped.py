@@ -2,8 +2,11 @@
 
 safetensors maps a file instead of reading it, and diffusers takes its tensors as they are where the
 dtype is the one asked for. The system brings a page when it is read, and may be asked to let go of
-it; it comes back from the file when it is read again, with the same values. Linux alone is asked
-(MADV_PAGEOUT, since 5.4), which keeps what somebody wrote to such pages.
+it; it comes back when it is read again, with the same values, from the system's cache of the file
+or from the file. Pages that somebody wrote to are this process's own and in no file: where there is
+one among them, or where the system does not say (Linux does, in /proc/self/pagemap), it is asked to
+write them to swap and free the others (MADV_PAGEOUT, since 5.4), which is slower, and takes
+unchanged pages out of the cache too.
 """
 
 from __future__ import annotations
@@ -14,7 +17,11 @@ import sys
 from functools import cache
 from pathlib import Path
 
-_MADV_PAGEOUT = 21
+import torch
+
+_MADV_DONTNEED, _MADV_PAGEOUT = 4, 21
+#: Of an entry of /proc/self/pagemap: the page is in memory, it is in swap, it is a file's.
+_PRESENT, _SWAPPED, _OF_A_FILE = 1 << 63, 1 << 62, 1 << 61
 
 
 def lies_in_a_file(address: int, nbytes: int) -> bool:
@@ -40,7 +47,27 @@ def let_go(address: int, nbytes: int) -> bool:
     madvise = _madvise()
     if madvise is None or end <= begin:
         return False
-    return bool(madvise(ctypes.c_void_p(begin), ctypes.c_size_t(end - begin), _MADV_PAGEOUT) == 0)
+    advice = _MADV_DONTNEED if _as_in_the_file(begin, end) else _MADV_PAGEOUT
+    return bool(madvise(ctypes.c_void_p(begin), ctypes.c_size_t(end - begin), advice) == 0)
+
+
+def _as_in_the_file(begin: int, end: int) -> bool:
+    """Whether every page that is there is the file's own; False where that is not known."""
+    first, count = begin // mmap.PAGESIZE, (end - begin) // mmap.PAGESIZE
+    try:
+        with Path("/proc/self/pagemap").open("rb", buffering=0) as file:
+            file.seek(8 * first)
+            entries = torch.frombuffer(bytearray(file.read(8 * count)), dtype=torch.int64)
+    except (OSError, ValueError):
+        return False
+    if entries.numel() != count:
+        return False
+    there = (entries & _signed(_PRESENT | _SWAPPED)) != 0
+    return not bool((there & ((entries & _OF_A_FILE) == 0)).any())
+
+
+def _signed(bits: int) -> int:
+    return bits - (1 << 64) if bits >> 63 else bits
 
 
 @cache

@@ -114,9 +114,13 @@ class Packs:
 
     def _make(self, make: Callable[[], Tensor]) -> Tensor:
         packed = make()
-        if self._in_file:
-            mapped.let_go(*self._span)
+        self.let_go()
         return packed
+
+    def let_go(self) -> None:
+        """Give the weight's own memory back, where a file has what is in it."""
+        if self._in_file and self._made:
+            mapped.let_go(*self._span)
 
     def nbytes(self, *, passing: bool = False) -> int:
         """What they take, padding included; ``passing``: of those kept while gradients repeat."""
@@ -156,6 +160,13 @@ def packs_of(weight: Tensor) -> Packs:
         packs = Packs(weight)
         setattr(weight, _ATTRIBUTE, packs)
     return packs
+
+
+def let_go(weight: Tensor) -> None:
+    """Give back the memory of a weight in a file that has just been read beside its copies."""
+    packs: Packs | None = getattr(weight, _ATTRIBUTE, None)
+    if packs is not None:
+        packs.let_go()
 
 
 def packed_bytes(of: nn.Module | Iterable[Tensor], *, passing: bool = False) -> int:

@@ -260,6 +260,9 @@ class OutputConfig(Settings):
         50, at_least=0, help="Steps between image grids; 0: first and last."
     )
     grid_size: int = setting(8, at_least=1, help="Images in a grid.")
+    drift_every: int = setting(
+        10, at_least=0, help="Steps between measurements of the drift; 0: first and last."
+    )
     tensorboard: bool = setting(True, help="Write tensorboard events, if it is installed.")
 
 

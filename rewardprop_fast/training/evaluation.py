@@ -16,8 +16,6 @@ from rewardprop_fast.training.engine import Engine, StepResult
 from rewardprop_fast.training.gauges import DriftGauge
 from rewardprop_fast.training.prompts import PromptSet
 
-_PROBES = 4  # prompts the drift is measured on
-
 
 @dataclass(frozen=True)
 class Evaluation:
@@ -86,14 +84,26 @@ class Evaluator:
         ]
         return float(torch.cat(scores).mean())
 
-    def drift(self) -> float:
-        """How far the UNet's prediction is from the base model's, relative; see `DriftGauge`."""
+    def drift(self, step: int) -> float | None:
+        """How far the UNet's prediction is from the base model's, relative; see `DriftGauge`.
+
+        None at a step (from 1 on) at which it is not measured.
+        """
+        config = self.engine.config
+        every = config.output.drift_every
+        if step not in (1, config.steps) and (every == 0 or step % every != 0):
+            return None
         with self.engine.watch("prefix"):
             return self._measured_drift()
 
     def _measured_drift(self) -> float:
         if self._drift is None:
-            prompts = self.prompts.prompts[:_PROBES]
+            # As many as the UNet sees in a step of the chain: a weight that is packed for one shape
+            # of image (`ops.onednn`) would otherwise be packed anew.
+            config = self.engine.config
+            guided = config.sampling.guidance_scale != 1
+            index = range(config.batch_size * (2 if guided else 1))
+            prompts = [self.prompts.prompts[i % len(self.prompts)] for i in index]
             draws = Draws(self.engine.config.seed, 0, tuple(range(len(prompts))))
             latents = _latents(self.engine, draws).to(self.engine.device, self.engine.dtype)
             self._drift = DriftGauge(self.engine.sampler(prompts, draws), latents)

@@ -372,7 +372,7 @@ class RewardPropTrainer:
             "learning_rate": rate,
             # among different images: the copies of DRaFT-LV are alike by construction
             "diversity": diversity(images[: self.config.batch_size]),
-            "drift": self.evaluator.drift(),
+            "drift": self.evaluator.drift(self.step),
             "k": sum(result.gradient_steps for result in results) / len(results),
             **{
                 name: float(sum(result.penalties[name] for result in results)) / len(results)

@@ -9,13 +9,13 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from rewardprop_fast import ops
 from rewardprop_fast.ops import drop_packs, frozen_conv2d, onednn, packed_bytes, packing
-from rewardprop_fast.ops.frozen_conv2d import FROZEN_CONV2D, native
+from rewardprop_fast.ops.frozen_conv2d import FROZEN_CONV2D, columns, native
 from tests.ops import oracle
 
 OP = torch.ops.rewardprop_fast.frozen_conv2d.default
@@ -96,6 +96,8 @@ def test_is_no_less_exact_than_conv2d(
     rest = (weight, bias if with_bias else None, stride, padding, dilation)
     if kernel == (1, 1) and (stride != 1 or layouts[0] != "channels_last"):
         backend = "reference"  # the memory of a 1x1 weight is in both layouts, so x decides
+    # PyTorch 2.13's own convolution reads memory that nobody wrote there, with AMX.
+    assume(dtype == torch.float32 or stride == 1 or dilation == 1)
     if batch == 1 and dtype == torch.float32:
         backend = "auto"  # PyTorch's sums are more exact, which native says of itself
     grad = output_like(x, rest)
@@ -126,7 +128,10 @@ def test_packed_weights_serve_images_of_every_size(
         x = oracle.laid_out(torch.randn(x_shape).to(dtype), "channels_last")
         grad = output_like(x, rest)
         found, expected = ours("native", x, rest, grad), torchs(x, rest, grad)
-        torch.testing.assert_close(found, expected)
+        exact = torchs(
+            x.double(), (weight.double(), bias.double(), stride, padding), grad.double()
+        )
+        oracle.assert_as_exact_as_torch(found, expected, exact)
         assert [t.stride() for t in found] == [t.stride() for t in expected]
     copies = {name[0]: len(made) for name, made in weight._rewardprop_packs._made.items()}
     if kernel == (1, 1):
@@ -134,6 +139,36 @@ def test_packed_weights_serve_images_of_every_size(
     else:  # where oneDNN's layout depends on the image, those of the last two sizes are kept
         of_all_sizes = onednn.images_of_one_layout(weight, x.shape) == ()
         assert copies == {"forward": 1 if of_all_sizes else 2, "input gradient": 2}
+
+
+@needs_onednn
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("weight_layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize(
+    ("kernel", "stride", "padding"),
+    [
+        ((3, 3), 1, 1),
+        ((3, 3), 2, 1),
+        ((3, 2), (1, 2), (0, 1)),
+        ((2, 3), (2, 1), (2, 0)),
+        ((4, 1), 1, (2, 1)),
+    ],
+)
+def test_few_pixels_need_no_packed_weight_for_the_input_gradient(
+    kernel: tuple[int, int], stride: Any, padding: Any, weight_layout: str, dtype: torch.dtype
+) -> None:
+    x, weight, bias = inputs((2, 256, 5, 6), (512, 256, *kernel), dtype, "channels_last")
+    weight = oracle.laid_out(weight, weight_layout)
+    rest = (weight, bias, stride, padding)
+    grad = oracle.laid_out(output_like(x, rest), "channels_last")
+    assert columns.pays(grad, weight, (1, 1))
+    assert not columns.pays(grad.repeat(20, 1, 1, 1), weight, (1, 1))
+    exact = torchs(x.double(), (weight.double(), bias.double(), *rest[2:]), grad.double())
+    with oracle.poisoned():
+        found = ours("native", x, rest, grad)
+    oracle.assert_as_exact_as_torch(found, torchs(x, rest, grad), exact)
+    names = {name[0] for name in weight._rewardprop_packs._made}
+    assert names == {"forward"}
 
 
 @needs_onednn

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import sys
 from pathlib import Path
 
@@ -68,3 +69,23 @@ def test_a_packed_weight_gives_its_memory_back(weight: Tensor) -> None:
     changed = frozen_conv2d(x, weight, None, padding=1)
     assert torch.equal(changed, frozen_conv2d(x, weight.clone(), None, padding=1))
     drop_packs([weight])
+
+
+def test_letting_go_leaves_what_was_written(weight: Tensor) -> None:
+    """One number of one page, in the middle: the others' pages are the file's, this one is not."""
+    begin, end = weight.data_ptr() // mmap.PAGESIZE * mmap.PAGESIZE + mmap.PAGESIZE, weight.data_ptr() + weight.nbytes
+    end = end // mmap.PAGESIZE * mmap.PAGESIZE
+    float(weight.sum())
+    assert mapped._as_in_the_file(begin, end)
+    weight.view(-1)[weight.numel() // 2] = 3.0
+    assert not mapped._as_in_the_file(begin, end)
+    assert mapped.let_go(weight.data_ptr(), weight.nbytes)
+    assert weight.view(-1)[weight.numel() // 2] == 3.0
+
+
+def test_pages_that_nobody_wrote_to_are_gone_at_once(weight: Tensor) -> None:
+    total = float(weight.sum())
+    assert resident(weight) > 0.9 * weight.nbytes
+    assert mapped.let_go(weight.data_ptr(), weight.nbytes)
+    assert resident(weight) < 0.1 * weight.nbytes
+    assert float(weight.sum()) == total
