@@ -89,6 +89,23 @@ def test_is_no_less_exact_than_interpolate_and_conv2d(
     assert all(map(torch.equal, found, ours(backend, x, rest, grad)))
 
 
+@needs_onednn
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_few_pixels_need_no_packed_weight_for_the_input_gradient(
+    layout: str, dtype: torch.dtype
+) -> None:
+    x, weight, bias = inputs((2, 256, 3, 5), 512, dtype)
+    weight = oracle.laid_out(weight, layout)
+    rest = (weight, bias)
+    grad = oracle.laid_out(torch.randn_like(plain(x, *rest)), "channels_last")
+    exact = both(plain, x.double(), (weight.double(), bias.double()), grad.double())
+    with oracle.poisoned():
+        found = ours("native", x, rest, grad)
+    oracle.assert_as_exact_as_torch(found, both(plain, x, rest, grad), exact)
+    assert {name[0] for name in weight._rewardprop_packs._made} == {"upsampled forward"}
+
+
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @needs_onednn
 def test_lies_in_memory_as_pytorchs(layout: str) -> None:

@@ -73,7 +73,10 @@ def test_a_packed_weight_gives_its_memory_back(weight: Tensor) -> None:
 
 def test_letting_go_leaves_what_was_written(weight: Tensor) -> None:
     """One number of one page, in the middle: the others' pages are the file's, this one is not."""
-    begin, end = weight.data_ptr() // mmap.PAGESIZE * mmap.PAGESIZE + mmap.PAGESIZE, weight.data_ptr() + weight.nbytes
+    begin, end = (
+        weight.data_ptr() // mmap.PAGESIZE * mmap.PAGESIZE + mmap.PAGESIZE,
+        weight.data_ptr() + weight.nbytes,
+    )
     end = end // mmap.PAGESIZE * mmap.PAGESIZE
     float(weight.sum())
     assert mapped._as_in_the_file(begin, end)

@@ -112,7 +112,9 @@ def test_metrics_have_every_key_and_numbers_that_fit_together(finished):
     assert drift[1:-1] == [None, None, None]  # every tenth step, the first and the last
 
 
-@pytest.mark.parametrize(("every", "measured"), [(0, [1, 5]), (1, [1, 2, 3, 4, 5]), (2, [1, 2, 4, 5])])
+@pytest.mark.parametrize(
+    ("every", "measured"), [(0, [1, 5]), (1, [1, 2, 3, 4, 5]), (2, [1, 2, 4, 5])]
+)
 def test_drift_is_measured_at_the_steps_asked_for(every, measured, make_trainer):
     trainer = make_trainer(steps=5, output={"drift_every": every})
     rows = [trainer.update() for _ in range(5)]

@@ -12,8 +12,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from rewardprop_fast.ops import onednn, packing
-from rewardprop_fast.ops.frozen_conv2d import columns, packed
+from rewardprop_fast.ops import columns, onednn, packing
+from rewardprop_fast.ops.frozen_conv2d import packed
 
 #: From here on the weight's share of the work is below a twentieth: a copy of it would not pay.
 _MOST_POSITIONS = 8192
@@ -107,10 +107,10 @@ def backward(
         rows = grad.permute(0, 2, 3, 1)
         dx = onednn.linear(rows.reshape(-1, rows.shape[-1]), packed.matrix(weight).T, None)
         return dx.view(*rows.shape[:-1], weight.shape[1]).permute(0, 3, 1, 2)
-    if columns.pays(grad, weight, dilation):
-        dx = columns.input_gradient(grad, weight, x_shape, stride, padding)
+    if columns.pays(grad, weight) and tuple(dilation) == (1, 1):
+        dx_in_float32 = columns.input_gradient(grad, weight, x_shape, stride, padding)
         packing.let_go(weight)
-        return dx
+        return dx_in_float32.to(grad.dtype).contiguous(memory_format=torch.channels_last)
     # The transposed convolution's output is as long as the shortest image that gives dY.
     lengths = zip(
         x_shape[2:], grad.shape[2:], stride, padding, dilation, weight.shape[2:], strict=True

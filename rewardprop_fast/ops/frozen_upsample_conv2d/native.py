@@ -22,7 +22,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from rewardprop_fast.ops import onednn, packing
+from rewardprop_fast.ops import columns, onednn, packing
 
 _NONE, _ONE, _PADDING = [0, 0], [1, 1], [1, 1]
 _PHASES = ((0, 0), (0, 1), (1, 0), (1, 1))
@@ -65,6 +65,14 @@ def forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 def backward(grad: Tensor, weight: Tensor) -> Tensor:
     """dX (B, C, H, W), channels_last, from dY (B, N, 2H, 2W)."""
     height, width = (size // 2 for size in grad.shape[2:])
+    if columns.pays(grad[:, :, ::2, ::2], weight):
+        images, channels = grad.shape[0], weight.shape[1]
+        large = columns.input_gradient(
+            grad, weight, (images, channels, 2 * height, 2 * width), _ONE, _ONE
+        )
+        packing.let_go(weight)
+        pixels = large.permute(0, 2, 3, 1).reshape(images, height, 2, width, 2, channels)
+        return pixels.sum((2, 4)).to(grad.dtype).permute(0, 3, 1, 2)
     total: Tensor | None = None
     for row, column in _PHASES:
         phase = grad[:, :, row::2, column::2].contiguous(memory_format=torch.channels_last)

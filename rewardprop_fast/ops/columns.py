@@ -25,11 +25,10 @@ _MOST_SHARE = 0.25
 _LEAST_BYTES = 2**20
 
 
-def pays(grad: Tensor, weight: Tensor, dilation: Sequence[int]) -> bool:
-    """Whether dY has few pixels for so large a weight; dilated convolutions are left alone."""
-    positions = grad.shape[0] * math.prod(grad.shape[2:])
-    few = positions <= _MOST_SHARE * weight.shape[0]
-    return few and weight.nbytes >= _LEAST_BYTES and tuple(dilation) == (1, 1)
+def pays(image: Tensor, weight: Tensor) -> bool:
+    """Whether an image has few pixels for so large a weight."""
+    pixels = image.shape[0] * math.prod(image.shape[2:])
+    return weight.nbytes >= _LEAST_BYTES and pixels <= _MOST_SHARE * weight.shape[0]
 
 
 def input_gradient(
@@ -39,7 +38,10 @@ def input_gradient(
     stride: Sequence[int],
     padding: Sequence[int],
 ) -> Tensor:
-    """dX (B, C, H, W), channels_last, from dY (B, N, H', W'), channels_last."""
+    """dX (B, C, H, W) in float32, channels_last, from dY (B, N, H', W'), channels_last.
+
+    Of a convolution without dilation.
+    """
     (batch, outputs, rows, columns), (_, inputs, *taps) = grad.shape, weight.shape
     dense = weight.is_contiguous()
     matrix = (weight if dense else weight.permute(0, 2, 3, 1)).reshape(outputs, -1)
@@ -54,7 +56,7 @@ def input_gradient(
             own = shares[..., row, column] if dense else shares[..., row, column, :]
             total[:, down, across].add_(own)
     inner = total[:, padding[0] : height - padding[0], padding[1] : width - padding[1]]
-    return inner.to(grad.dtype).contiguous().permute(0, 3, 1, 2)
+    return inner.permute(0, 3, 1, 2)
 
 
 def _places(first: int, step: int, count: int) -> slice:
