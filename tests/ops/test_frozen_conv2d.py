@@ -13,7 +13,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from rewardprop_fast import ops
+from rewardprop_fast import ops, processor
 from rewardprop_fast.ops import columns, drop_packs, frozen_conv2d, onednn, packed_bytes, packing
 from rewardprop_fast.ops.frozen_conv2d import FROZEN_CONV2D, native
 from tests.ops import oracle
@@ -96,8 +96,9 @@ def test_is_no_less_exact_than_conv2d(
     rest = (weight, bias if with_bias else None, stride, padding, dilation)
     if kernel == (1, 1) and (stride != 1 or layouts[0] != "channels_last"):
         backend = "reference"  # the memory of a 1x1 weight is in both layouts, so x decides
-    # PyTorch 2.13's own convolution reads memory that nobody wrote there, with AMX.
-    assume(dtype == torch.float32 or stride == 1 or dilation == 1)
+    # Elsewhere PyTorch 2.13's own convolution reads memory that nobody wrote, on AMX.
+    known_good = dtype == torch.float32 or stride == 1 or (stride, dilation) == (2, 1)
+    assume(known_good or processor.bfloat16() != "amx")
     if batch == 1 and dtype == torch.float32:
         backend = "auto"  # PyTorch's sums are more exact, which native says of itself
     grad = output_like(x, rest)
