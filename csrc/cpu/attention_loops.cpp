@@ -6,7 +6,6 @@
 //
 // FlashAttention-2 (arXiv 2307.08691), algorithms 1 and 2, with the tiles of a CPU's caches:
 // products run on packed copies whose rows are whole vectors, so they have no edges.
-#include "../math/normal.h"
 #include "attention.h"
 #include "attention_packing.h"
 
@@ -47,11 +46,21 @@ typename P::Item* operand(float* results, float* elsewhere) {
     return reinterpret_cast<typename P::Item*>(P::kInPlace ? results : elsewhere);
 }
 
-// 2^x for x <= 0; a NaN stays one.
+// 2^x for x <= 0; a NaN stays one. math/normal.h explains it for a single number: left to the
+// compiler, loops over that would make a pass over the row each, as sums are not to be reordered.
 Vector power(Vector x) {
-    const Vector value =
-        math::exp2_of_negative_as<Vector, Bits>(x < kLeastPower ? broadcast(kLeastPower) : x);
-    return x < kLeastPower ? Vector{} : value;
+    constexpr float kToInteger = 12582912.0f;
+    const Vector y = x < kLeastPower ? broadcast(kLeastPower) : x;
+    const Vector shifted = y + kToInteger;
+    const Vector f = y - (shifted - kToInteger);
+    Vector p = 1.53533401e-4f * f + 1.33989006e-3f;
+    p = p * f + 9.61843785e-3f;
+    p = p * f + 5.55033237e-2f;
+    p = p * f + 2.40226477e-1f;
+    p = p * f + 6.93147182e-1f;
+    p = p * f + 1.0f;
+    const Bits bits = (load_as<Bits>(&shifted) + 127u) << 23;
+    return x < kLeastPower ? Vector{} : p * load_as<Vector>(&bits);
 }
 
 float power(float x) { return power(broadcast(x))[0]; }

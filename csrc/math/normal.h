@@ -24,30 +24,24 @@ struct Normal {
 // Beyond this e^(-t²/2) is no normal number; Φ(-t) < 1e-39 counts as zero.
 constexpr float kNormalTail = 13.2f;
 
-// 2^y for -126 <= y <= 0, to 2e-9 and the rounding of y: e^x is 2^(x / ln 2). Of a float, or of a
-// vector of them, whose bits are a vector of integers.
-template <typename Float, typename Integer>
-REWARDPROP_FUNCTION Float exp2_of_negative_as(Float y) {
+// 2^y for -126 <= y <= 0, to 2e-9 and the rounding of y: e^x is 2^(x / ln 2).
+REWARDPROP_FUNCTION float exp2_of_negative(float y) {
     constexpr float kToInteger = 12582912.0f;  // 1.5 * 2^23: adding it rounds to a whole number
-    const Float shifted = y + kToInteger;
-    const Float f = y - (shifted - kToInteger);  // exact, in [-1/2, 1/2]
-    Float p = Float{} + 1.53533401e-4f;
+    const float shifted = y + kToInteger;
+    const float f = y - (shifted - kToInteger);  // exact, in [-1/2, 1/2]
+    float p = 1.53533401e-4f;
     p = multiply_add(p, f, 1.33989006e-3f);
     p = multiply_add(p, f, 9.61843785e-3f);
     p = multiply_add(p, f, 5.55033237e-2f);
     p = multiply_add(p, f, 2.40226477e-1f);
     p = multiply_add(p, f, 6.93147182e-1f);
     p = multiply_add(p, f, 1.0f);
-    Integer bits;
+    std::uint32_t bits;
     std::memcpy(&bits, &shifted, sizeof(bits));
     bits = (bits + 127u) << 23;  // the whole number, in the low bits of `shifted`, as an exponent
-    Float power;
+    float power;
     std::memcpy(&power, &bits, sizeof(power));
     return p * power;
-}
-
-REWARDPROP_FUNCTION float exp2_of_negative(float y) {
-    return exp2_of_negative_as<float, std::uint32_t>(y);
 }
 
 // Φ(x) and φ(x). At ±infinity 0 or 1, and 0; at NaN zeros, so what multiplies by x must say NaN.

@@ -25,12 +25,4 @@ REWARDPROP_FUNCTION float multiply_add(float a, float b, float c) {
 #endif
 }
 
-#if defined(__GNUC__) && !defined(__CUDACC__)
-// Of GCC's vectors, each number by itself: fused where the compiler may contract what is written.
-template <typename Vector>
-static inline Vector multiply_add(Vector a, Vector b, float c) {
-    return a * b + c;
-}
-#endif
-
 }  // namespace rewardprop::math

@@ -139,8 +139,10 @@ def test_keys_that_fill_up_a_wide_tile_weigh_nothing() -> None:
         ours = output_and_gradients(ops.attention, (q, k, v), grad, 1.0)
     leaves = (q.double(), k.double(), v.double())
     exact = output_and_gradients(F.scaled_dot_product_attention, leaves, grad.double(), 1.0)
-    for own, truth in zip(ours, exact, strict=True):  # a score is rounded, and its weight with it
-        assert relative_error(own, truth) < 400 * torch.finfo(torch.float32).eps
+    # A score's and the LSE's rounding, half a unit of numbers up to 512 each, and as much again in
+    # units of log2 e, are those of a weight.
+    for own, truth in zip(ours, exact, strict=True):
+        assert relative_error(own, truth) < 4 * 256 * torch.finfo(torch.float32).eps
 
 
 scales = st.sampled_from([0.0, -0.3, 0.2, 1.0])
