@@ -260,6 +260,21 @@ def test_more_budget_is_never_slower() -> None:
     assert seconds[0] > seconds[-1]
 
 
+@pytest.mark.parametrize("k", [1, 2, 3, 5, 9])
+def test_a_peak_is_that_of_every_step_also_where_steps_share_their_choices(k: int) -> None:
+    profile = simple(k)
+    # gradients are there in all steps but the first that runs backward; each whole step keeps more
+    profile.trained, profile.step_input = 30 * MIB, 4 * MIB
+    for problem in Planner(profile, k, 40, Limits(None))._every_problem():
+        for mode in ("keep", "block"):
+            chosen = {modes.get(mode, modes["keep"]) for modes in problem.choice.values()}
+            planned = problem._planned(chosen, 0.0, None)
+            highest: dict[str, int] = {}
+            for phase, nbytes, _ in planned.timeline():
+                highest[phase] = max(nbytes, highest.get(phase, 0))
+            assert planned.by_phase == highest, (problem.whole, mode)
+
+
 def test_rules_say_what_was_chosen() -> None:
     profile = simple(1)
     plan = make_plan(profile, 1, 49, Limits(222 * MIB), gap=0.0).plan

@@ -62,9 +62,18 @@ class Rows:
                 yield self._row(interval, self._before, None, None)
             else:
                 for number, group in enumerate(self.groups):
-                    # of a group's steps, most is alive in the last
                     if min(group.start, 1) == min(interval.step, 1):
-                        yield from self._rows_of_step(interval, number, group[-1])
+                        for step in self._fullest(interval, group):
+                            yield from self._rows_of_step(interval, number, step)
+
+    def _fullest(self, interval: Interval, group: range) -> range:
+        """In which of a group's steps most may be alive.
+
+        In the last, which has most steps in front of it; but the chain's last runs backward while
+        there are no gradients of trained parameters yet, as there are in the one before it.
+        """
+        behind = interval.phase == "backward" or group.start < self.whole
+        return group[-2:] if behind and group[-1] == self.k - 1 else group[-1:]
 
     def _rows_of_step(self, interval: Interval, group: int, step: int) -> Iterator[Row]:
         shift = self._shift(step)
