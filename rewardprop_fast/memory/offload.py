@@ -27,7 +27,8 @@ from rewardprop_fast.memory.scheduling import Backend, Block, Scheduler, Statist
 from rewardprop_fast.memory.scheduling.scheduler import OffloadError, Part
 from rewardprop_fast.memory.verify import fingerprint
 
-MIB = 2**20
+#: Smaller storages stay unless somebody asks for another border.
+LEAST_BYTES = 2**20
 
 #: Storages known at once before those that are gone are looked for; a step has some hundreds.
 _MANY = 10_000
@@ -84,7 +85,7 @@ class Offloader:
         self,
         backend: Backend,
         slab_bytes: int,
-        least_bytes: int = MIB,
+        least_bytes: int = LEAST_BYTES,
         never: Iterable[nn.Module | Tensor] = (),
         *,
         window: int = 1,

@@ -259,6 +259,32 @@ def test_what_is_offloaded_is_foreseen_to_the_byte(tmp_path: Any, plan: Plan) ->
     assert foreseen.seconds > kept.seconds
 
 
+@pytest.mark.parametrize("k", [2, 4])
+def test_a_plan_that_offloads_is_never_over_its_budget_when_it_is_run(
+    tmp_path: Any, k: int
+) -> None:
+    trainer = make(
+        load_bundled(),
+        DRaFT(k),
+        tmp_path,
+        sampling={"steps": 5, "height": 256, "width": 256},
+        batch_size=4,
+    )
+    dry = DryRun.of_pipeline(trainer.pipe, trainer.reward, trainer.config)
+    planner = planner_for(dry, make_profile(dry, CARD), Limits(None, offload=True))
+    least, most = planner.least(), planner.plan(None).peak
+    offloading = 0
+    for share in (0.0, 0.1, 0.3):
+        budget = int(least + share * (most - least))
+        planned = planner.plan(budget)
+        found = estimate(dry, planned.plan, CARD)
+        offloading += planned.plan.offloads
+        assert found.peak <= planned.peak <= budget
+        for phase, peak in found.by_phase.items():
+            assert peak <= planned.by_phase[phase], (share, phase)
+    assert offloading
+
+
 # --- the trainer's setting ---
 
 

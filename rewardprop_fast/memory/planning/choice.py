@@ -18,6 +18,8 @@ class Choice:
 
     def __init__(self, rows: Rows, chosen: Collection[int]) -> None:
         self.rows, self.variables, self.chosen = rows, rows.variables, chosen
+        self._recomputes = rows.whole > 0 or not self.variables.changed.isdisjoint(chosen)
+        self._offloads = self.variables.offload(chosen)
 
     def total(self, row: Row) -> int:
         """The bytes in an interval."""
@@ -54,8 +56,10 @@ class Choice:
         ]
 
     def _constant(self, row: Row) -> int:
-        recomputes = self.rows.whole > 0 or not self.variables.changed.isdisjoint(self.chosen)
-        return row.constant if recomputes else row.constant - row.again
+        constant = row.constant
+        constant -= 0 if self._recomputes else row.again
+        constant -= 0 if self._offloads else row.moving
+        return constant
 
     def _seconds(self, interval: Interval, place: int) -> float:
         if interval.unit < 0:

@@ -17,11 +17,13 @@ class Row:
 
     Attributes:
         again: of the constant, what is there only where something of the chain is recomputed.
+        moving: of the constant, what is there only where inputs are offloaded.
     """
 
     phase: str
     constant: int
     again: int
+    moving: int
     terms: Counter[int]  # variable -> bytes
 
 
@@ -158,7 +160,8 @@ class Rows:
             constant += interval.extra
         behind = interval.phase in (*TAIL_PHASES, "backward")
         again = self.profile.shared_input if behind else 0
-        return Row(interval.phase, constant + again, again, terms)
+        moving = 0 if group is None else self.variables.on_the_way
+        return Row(interval.phase, constant + again + moving, again, moving, terms)
 
     def _add_steps(self, terms: Counter[int], groups: int, of_next: int) -> None:
         """All steps of the first ``groups`` groups, and ``of_next`` of the next one."""

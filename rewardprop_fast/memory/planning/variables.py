@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import replace
+from functools import cached_property
 from itertools import pairwise
 
 import numpy as np
 
 from rewardprop_fast.memory.kinds import TRANSFORMER_BLOCK
+from rewardprop_fast.memory.offload import LEAST_BYTES
 from rewardprop_fast.memory.planning.limits import Limits
 from rewardprop_fast.memory.profile import MODES, Numbers, Profile, Unit
 
@@ -95,19 +97,32 @@ class Variables:
         for mode in MODES[unit.kind]:
             if mode in known:
                 yield mode, known[mode]
-        if self.limits.offload and unit.kind == TRANSFORMER_BLOCK and "block" in known:
-            # The input is in the skeleton, as the output of the unit before. Away it is missing
-            # there; beside the unit that runs the next one's is on its way back.
-            block = known["block"]
-            yield (
-                OFFLOADED,
-                replace(
-                    block,
-                    kept=block.kept - block.inputs,
-                    forward=block.forward + block.inputs,
-                    backward=block.backward + block.inputs,
-                ),
-            )
+        block = known.get("block")
+        if not self.limits.offload or unit.kind != TRANSFORMER_BLOCK or block is None:
+            return
+        if block.inputs >= LEAST_BYTES:  # less stays where it is
+            # The input is in the skeleton, as the output of the unit before. Away it is missing.
+            yield OFFLOADED, replace(block, kept=block.kept - block.inputs)
+
+    @cached_property
+    def on_the_way(self) -> int:
+        """Most bytes of inputs to or from the host that are on the device while others run.
+
+        Forward, one input may still wait for the end of its copy; backward, the next one is copied
+        back when the one before it is needed, and is there until its own unit runs.
+        """
+        return max(
+            (
+                self.numbers_of(unit, OFFLOADED).inputs
+                for (_, unit), modes in self.choice.items()
+                if OFFLOADED in modes
+            ),
+            default=0,
+        )
+
+    def offload(self, chosen: Collection[int]) -> bool:
+        """Whether anything of a choice does."""
+        return any(self.moved[variable] for variable in chosen)
 
     def numbers_of(self, unit: int, mode: str) -> Numbers:
         return self.numbers[self.profile.units[unit].signature][mode]
