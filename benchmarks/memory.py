@@ -4,7 +4,7 @@
 
 writes benchmarks/results/memory_plans.json, the table in docs/memory.md and two plots. Everything
 is counted on tensors without memory; times are modelled for an RTX 3090. Nothing is run on a GPU.
-It takes about five minutes on one core.
+It takes about six minutes on one core.
 """
 
 from __future__ import annotations
