@@ -75,6 +75,19 @@ def test_a_fault_counts_as_caught_where_a_test_fails(
     assert (tree / "added.py").read_text() == before
 
 
+def test_a_test_that_fails_without_a_fault_does_not_catch_one(tree: Path) -> None:
+    (tree / "test_two.py").write_text(
+        "from added import added\n\ndef test_never():\n    assert False\n\n"
+        "def test_it():\n    assert added(0, 1) == 1\n"
+    )
+    known = mutations.failing("test_two.py", tree)
+    assert known == ["test_two.py::test_never"]
+    missed = mutations.run(fault("b", "test_two.py"), tree, known)
+    assert not missed.caught, missed.words
+    found = mutations.run(fault("a", "test_two.py"), tree, known)
+    assert (found.caught, found.words) == (True, "test_two.py::test_it")
+
+
 def test_a_fault_that_does_not_fit_is_an_error(tree: Path) -> None:
     with pytest.raises(ValueError, match="stands 0 times"):
         mutations.run(fault("b", "test_one.py", before="a * b"), tree)
