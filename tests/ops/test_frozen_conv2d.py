@@ -117,6 +117,24 @@ def test_is_no_less_exact_than_conv2d(
 @needs_onednn
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
+    ("kernel", "padding", "dilation"),
+    [((3, 3), 1, 2), ((2, 3), (2, 0), (3, 1)), ((5, 1), (4, 0), (2, 1)), ((3, 3), 2, (1, 2))],
+)
+def test_dilation_counts_in_both_passes(
+    kernel: tuple[int, int], padding: Any, dilation: Any, dtype: torch.dtype
+) -> None:
+    x, weight, bias = inputs((2, 32, 12, 14), (48, 32, *kernel), dtype)
+    rest = (weight, bias, 1, padding, dilation)
+    grad = output_like(x, rest)
+    exact = torchs(x.double(), (weight.double(), bias.double(), *rest[2:]), grad.double())
+    with oracle.poisoned():
+        found = ours("native", x, rest, grad)
+    oracle.assert_as_exact_as_torch(found, torchs(x, rest, grad), exact)
+
+
+@needs_onednn
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
     "geometry", [((3, 3), 1, 1), ((1, 1), 1, 0), ((3, 3), 2, 1), ((3, 2), 1, (1, 0))]
 )
 def test_packed_weights_serve_images_of_every_size(
