@@ -117,7 +117,7 @@ def _race(
     key: str,
     job: dict[str, Any],
     names: list[str],
-    reference: dict[str, Any],
+    reference: list[dict[str, Any]],
     start: Any,
     device: str,
 ) -> list[dict[str, Any]]:

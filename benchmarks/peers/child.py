@@ -54,11 +54,19 @@ class Child:
             "process_peak": _status("VmHWM"),
         }
 
-    def gradients(self, path: str, random_seed: int | None = None) -> dict[str, Any]:
-        """Loss and rewards; the gradients go to a file. No update."""
+    def gradients(self, path: str, random_seed: int | None = None, draw: int = 0) -> dict[str, Any]:
+        """Loss and rewards; the gradients go to a file. No update.
+
+        Other draws of the noise are the same pixels, moved.
+        """
         from safetensors.torch import save_file
 
-        gradients, rewards = self.competitor.gradients(random_seed)
+        latents = self.competitor.latents
+        self.competitor.latents = latents.roll(draw, -1)
+        try:
+            gradients, rewards = self.competitor.gradients(random_seed)
+        finally:
+            self.competitor.latents = latents
         save_file({k: v.detach().cpu().contiguous().clone() for k, v in gradients.items()}, path)
         return {"rewards": [float(r) for r in rewards]}
 

@@ -90,8 +90,10 @@ def judge(entries: Sequence[Entry], dtype: str) -> None:
         entry.limit = limit
 
 
-def alone(pool: Pool, entry: Entry, reference: Mapping[str, Any], track: bool) -> None:
-    """Gradients against the reference, and peaks, of one competitor, no other being there.
+def alone(pool: Pool, entry: Entry, reference: Sequence[Mapping[str, Any]], track: bool) -> None:
+    """Gradients against the reference's, and peaks, of one competitor, no other being there.
+
+    The error is the root mean square over the draws that the reference is there for.
 
     Another one, idle, would hold the same files' pages, and the system gives back what one process
     alone has. It stays in the pool, warm, until the next comes.
@@ -105,8 +107,12 @@ def alone(pool: Pool, entry: Entry, reference: Mapping[str, Any], track: bool) -
         entry.prepare_seconds, entry.versions = prepared["seconds"], prepared["versions"]
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder, "gradients.safetensors")
-            worker.ask("gradients", path=str(path))
-            entry.error, entry.cosine = compare(load_file(path), reference)
+            found = []
+            for draw, wanted in enumerate(reference):
+                worker.ask("gradients", path=str(path), draw=draw)
+                found.append(compare(load_file(path), wanted))
+            entry.error = statistics.fmean(error**2 for error, _ in found) ** 0.5
+            entry.cosine = min(cosine for _, cosine in found)
         worker.ask("step")  # an optimizer's state is made in the first update
         peak = worker.ask("peak")
         for name in ("idle", "step_peak", "process_peak", "reserved_peak"):
@@ -118,16 +124,20 @@ def alone(pool: Pool, entry: Entry, reference: Mapping[str, Any], track: bool) -
         pool.drop(entry)
 
 
-def reference_gradients(start: Start, workload: Workload, job: dict[str, Any]) -> dict[str, Any]:
-    """Of the plain loop: in float64 where that is cheap, else in float32."""
+def reference_gradients(
+    start: Start, workload: Workload, job: dict[str, Any]
+) -> list[dict[str, Any]]:
+    """Of the plain loop, for every draw: in float64 where that is cheap, else in float32."""
     from safetensors.torch import load_file
 
     dtype = "float32" if workload.large else "float64"
     with start("loop-checkpoint") as worker, tempfile.TemporaryDirectory() as folder:
         worker.ask("prepare", job={**job, "dtype": dtype})
-        path = Path(folder, "gradients.safetensors")
-        worker.ask("gradients", path=str(path))
-        return dict(load_file(path))
+        path, found = Path(folder, "gradients.safetensors"), []
+        for draw in range(workload.draws):
+            worker.ask("gradients", path=str(path), draw=draw)
+            found.append(dict(load_file(path)))
+        return found
 
 
 class Pool:

@@ -156,7 +156,7 @@ def test_a_run_whose_gradients_disagree_is_not_raced(log: list[tuple[str, str]])
     entries = [Entry(name) for name in ("loop", "wrong", "broken", "ours")]
     pool = Pool(Fake, {}, limit=1000)
     for one in entries:
-        alone(pool, one, GRADIENTS, track=True)
+        alone(pool, one, [GRADIENTS, GRADIENTS], track=True)
     judge(entries, "float32")
     before = len(log)
     interleave(pool, entries, repeats=3)

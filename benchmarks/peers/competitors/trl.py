@@ -80,10 +80,10 @@ class TRL:
         self.latents = latents.to(job["device"], self.pipe.unet.dtype)
         self.parameters = lora_parameters(self.pipe.unet)
         fill(self.parameters, values)
-        self.pipe.latents = self.latents
 
     def gradients(self, random_seed: int | None) -> tuple[dict[str, Tensor], Tensor]:
         config = self.trainer.config
+        self.pipe.latents = self.latents
         if random_seed is not None:
             # its own noise and its random truncation
             config.truncated_backprop_rand, config.sample_eta = True, 1.0
@@ -96,10 +96,10 @@ class TRL:
             self.trainer.accelerator.backward(self.trainer.calculate_loss(rewards))
         finally:
             config.truncated_backprop_rand, config.sample_eta = False, 0.0
-            self.pipe.latents = self.latents
         return take_gradients(self.parameters), rewards.detach()
 
     def step(self) -> None:
+        self.pipe.latents = self.latents
         self.trainer.step(0, 0)
 
     def held(self) -> Any:
