@@ -162,6 +162,12 @@ def packs_of(weight: Tensor) -> Packs:
     return packs
 
 
+def most_packed_bytes(weight: Tensor, gradient_steps: int) -> int:
+    """What copies of a convolution's weight take at most, in a chain of so many with gradients."""
+    passing = weight.nbytes >= _LARGE and gradient_steps < 2
+    return weight.nbytes * (1 if passing else 2)
+
+
 def let_go(weight: Tensor) -> None:
     """Give back the memory of a weight in a file that has just been read beside its copies."""
     packs: Packs | None = getattr(weight, _ATTRIBUTE, None)

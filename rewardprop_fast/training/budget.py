@@ -24,11 +24,12 @@ from rewardprop_fast.memory.profile import CHAIN_BEGINS, CHAIN_PHASES, TAIL_PHAS
 from rewardprop_fast.memory.residency import Residency
 from rewardprop_fast.memory.scheduling import Backend
 from rewardprop_fast.memory.sizes import format_bytes, parse_bytes
+from rewardprop_fast.ops.packing import most_packed_bytes
 from rewardprop_fast.rewards import Reward, name_of
 from rewardprop_fast.rollout.graph import GraphBackend
 from rewardprop_fast.training.capture import leaves_room
 from rewardprop_fast.training.config import TrainConfig
-from rewardprop_fast.training.dry_run import DryRun
+from rewardprop_fast.training.dry_run import DryRun, gradient_steps_of
 from rewardprop_fast.training.estimate import make_profile, make_room, plan_for
 
 AUTO = "auto"
@@ -64,7 +65,10 @@ def make(
     """
     if setting.endswith(".json"):
         return Plan.load(setting)
-    budget = available(device, pipe, reward) if setting == AUTO else parse_bytes(setting)
+    if setting == AUTO:
+        budget = available(device, gradient_steps_of(config), pipe, reward)
+    else:
+        budget = parse_bytes(setting)
     if device.type == "cuda":
         card = _card(device)
         residencies: tuple[Residence, ...] = ("all", "phases")
@@ -83,16 +87,21 @@ def make(
     return plan_for(dry, profiled, limits).plan
 
 
-def available(device: torch.device, *there: Any) -> int:
-    """Bytes that tensors may take: what is free, and what is there already of ``there``."""
+def available(device: torch.device, gradient_steps: int, *there: Any) -> int:
+    """Bytes that tensors may take: what is free, and what is there already of ``there``.
+
+    Args:
+        gradient_steps: K.
+        there: pipelines and modules.
+    """
     taken = sum(_bytes(one) for one in there)
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return free + unused + taken - _RESERVE
-    # On a CPU the packed copies of frozen weights come on top: at most one for the forward pass and
-    # one for the gradient, which of a large weight is not kept where a chain has one step with one.
-    return free_host_memory() + taken - 2 * sum(_convolutions(one) for one in there) - _RESERVE
+    # On a CPU the packed copies of frozen weights come on top.
+    packed = sum(_packed(one, gradient_steps) for one in there)
+    return free_host_memory() + taken - packed - _RESERVE
 
 
 def free_host_memory() -> int:
@@ -236,10 +245,10 @@ def _bytes(one: Any) -> int:
     )
 
 
-def _convolutions(one: Any) -> int:
+def _packed(one: Any, gradient_steps: int) -> int:
     networks = [one.unet, one.vae] if hasattr(one, "unet") else []
     return sum(
-        module.weight.numel() * module.weight.element_size()
+        most_packed_bytes(module.weight, gradient_steps)
         for network in networks
         for module in network.modules()
         if isinstance(module, nn.Conv2d)

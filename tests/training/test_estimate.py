@@ -18,6 +18,7 @@ from rewardprop_fast.memory.planner import BudgetError, Limits
 from rewardprop_fast.memory.scheduling.double import Double
 from rewardprop_fast.methods import SRPO, AlignProp, DRaFT, DRTune
 from rewardprop_fast.models import load_bundled
+from rewardprop_fast.ops import packing
 from rewardprop_fast.training import budget
 from rewardprop_fast.training.budget import Memory
 from rewardprop_fast.training.config import LoRAConfig, OutputConfig, SamplingConfig, TrainConfig
@@ -321,16 +322,20 @@ def test_a_run_with_a_budget_writes_its_plan_and_can_go_on_with_another(
     assert again.resume() == 1
 
 
+@pytest.mark.parametrize("k", [1, 2])
 def test_auto_is_what_is_free_beside_the_copies_that_convolutions_make(
-    pipeline: Any, tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+    k: int, pipeline: Any, tmp_path: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """One for each direction; a large weight has the second only where gradients repeat."""
     monkeypatch.setattr(budget, "free_host_memory", lambda: 3 * 2**30)
-    trainer = make(pipeline("sd"), DRaFT(1), tmp_path, memory_budget="auto")
+    monkeypatch.setattr(packing, "_LARGE", 2**14)
+    trainer = make(pipeline("sd"), DRaFT(k), tmp_path, memory_budget="auto")
     networks = (trainer.pipe.unet, trainer.pipe.vae, trainer.reward)
     there = sum(t.nbytes for n in networks for t in (*n.parameters(), *n.buffers()))
-    convolutions = (m for n in networks[:2] for m in n.modules() if isinstance(m, nn.Conv2d))
-    packed = 2 * sum(m.weight.nbytes for m in convolutions)
-    assert packed > 0
+    sizes = [m.weight.nbytes for n in networks[:2] for m in n.modules() if isinstance(m, nn.Conv2d)]
+    large = sum(size for size in sizes if size >= 2**14)
+    assert 0 < large < sum(sizes)
+    packed = 2 * sum(sizes) - (large if k == 1 else 0)
     assert trainer.memory.plan.budget_bytes == 2 * 2**30 + there - packed
 
 
@@ -341,7 +346,7 @@ def test_auto_on_a_card_counts_what_the_allocator_holds_and_does_not_use(
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda _: 3 * 2**30)
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda _: 2**30)
     network = nn.Linear(1024, 1024, bias=False)
-    assert budget.available(torch.device("cuda"), network) == (5 + 2 - 1) * 2**30 + 4 * 2**20
+    assert budget.available(torch.device("cuda"), 1, network) == (5 + 2 - 1) * 2**30 + 4 * 2**20
 
 
 @pytest.mark.parametrize(
