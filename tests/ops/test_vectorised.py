@@ -77,14 +77,19 @@ def test_loops_are_vectorised(gcc: str, file: str, isa: str, tmp_path: Path) -> 
         assert len(found) >= least, f"{body} is scalar code\n{done.stderr}"
 
 
+def loops_of_attention(gcc: str, isa: str, folder: Path) -> list[str]:
+    """The assembly between one label and the next."""
+    flags = flags_of_the_build("attention_loops.cpp", isa)
+    source = ROOT / "csrc" / "cpu" / "attention_loops.cpp"
+    command = [gcc, *flags, f"-DREWARDPROP_ISA={isa}", "-S", str(source)]
+    subprocess.run([*command, "-o", str(folder / "out.s")], check=True, timeout=300)
+    assembly = (folder / "out.s").read_text(encoding="utf-8")
+    return re.split(r"^\.L\d+:$", assembly, flags=re.M)
+
+
 def test_bfloat16_attention_is_made_of_the_instruction_for_it(gcc: str, tmp_path: Path) -> None:
     """A whole tile of sums in registers: 24 products in a row, nothing stored between them."""
-    flags = flags_of_the_build("attention_loops.cpp", "avx512_bf16")
-    source = ROOT / "csrc" / "cpu" / "attention_loops.cpp"
-    command = [gcc, *flags, "-DREWARDPROP_ISA=avx512_bf16", "-S", str(source)]
-    subprocess.run([*command, "-o", str(tmp_path / "out.s")], check=True, timeout=300)
-    assembly = (tmp_path / "out.s").read_text(encoding="utf-8")
-    loops = re.split(r"^\.L\d+:$", assembly, flags=re.M)
+    loops = loops_of_attention(gcc, "avx512_bf16", tmp_path)
     tiles = [loop for loop in loops if loop.count("vdpbf16ps") == 24]
     assert tiles
     for tile in tiles:
@@ -94,12 +99,7 @@ def test_bfloat16_attention_is_made_of_the_instruction_for_it(gcc: str, tmp_path
 
 def test_bfloat16_attention_is_made_of_tiles_where_there_are_some(gcc: str, tmp_path: Path) -> None:
     """Four products for four loads, and nothing stored between them."""
-    flags = flags_of_the_build("attention_loops.cpp", "amx")
-    source = ROOT / "csrc" / "cpu" / "attention_loops.cpp"
-    command = [gcc, *flags, "-DREWARDPROP_ISA=amx", "-S", str(source)]
-    subprocess.run([*command, "-o", str(tmp_path / "out.s")], check=True, timeout=300)
-    assembly = (tmp_path / "out.s").read_text(encoding="utf-8")
-    loops = re.split(r"^\.L\d+:$", assembly, flags=re.M)
+    loops = loops_of_attention(gcc, "amx", tmp_path)
     tiles = [loop for loop in loops if loop.count("tdpbf16ps") == 4]
     assert tiles
     for tile in tiles:
