@@ -110,6 +110,11 @@ class SamplingConfig(Settings):
     width: int | None = setting(None, at_least=1, help="Pixels; null for the model's own size.")
     negative_prompt: str = setting("", help="What guidance leads away from.")
 
+    @property
+    def guided(self) -> bool:
+        """Whether the UNet sees every latent twice."""
+        return self.guidance_scale > 1
+
 
 @dataclass(frozen=True)
 class RolloutConfig(Settings):

@@ -124,7 +124,7 @@ class DryRun:
             noise=mode.from_tensor(schedule.noise),
         )
         tokens = pipe.tokens if isinstance(pipe, Shapes) else pipe.tokenizer.model_max_length
-        guided = config.sampling.guidance_scale > 1
+        guided = config.sampling.guided
         engine.encoder = _Encoder(unet, guided, tokens)  # type: ignore[assignment]
         trained = [p for p in unet.parameters() if p.requires_grad]
         return cls(mode, engine, config, trained)

@@ -96,7 +96,7 @@ class Engine:
             self.height,
             self.width,
             sampling.negative_prompt,
-            guided=sampling.guidance_scale > 1,
+            guided=sampling.guided,
             cache=EmbeddingCache(config.encoding.cache) if config.encoding.cache else None,
         )
 

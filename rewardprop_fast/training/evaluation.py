@@ -101,8 +101,7 @@ class Evaluator:
             # As many as the UNet sees in a step of the chain: a weight that is packed for one shape
             # of image (`ops.onednn`) would otherwise be packed anew.
             config = self.engine.config
-            guided = config.sampling.guidance_scale != 1
-            index = range(config.batch_size * (2 if guided else 1))
+            index = range(config.batch_size * (2 if config.sampling.guided else 1))
             prompts = [self.prompts.prompts[i % len(self.prompts)] for i in index]
             draws = Draws(self.engine.config.seed, 0, tuple(range(len(prompts))))
             latents = _latents(self.engine, draws).to(self.engine.device, self.engine.dtype)
