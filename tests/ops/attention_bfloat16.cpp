@@ -19,8 +19,8 @@ Rows<T> dense(T* data, std::int64_t length, std::int64_t width) {
 }  // namespace
 
 extern "C" void attention_forward(std::int64_t heads, std::int64_t queries, std::int64_t keys,
-                              std::int64_t width, float scale, const BFloat16* q, const BFloat16* k,
-                              const BFloat16* v, BFloat16* out, float* lse) {
+                                  std::int64_t width, float scale, const BFloat16* q,
+                                  const BFloat16* k, const BFloat16* v, BFloat16* out, float* lse) {
     const Attention<BFloat16> op{dense(q, queries, width),
                                  dense(k, keys, width),
                                  dense(v, keys, width),
@@ -35,10 +35,10 @@ extern "C" void attention_forward(std::int64_t heads, std::int64_t queries, std:
 }
 
 extern "C" void attention_backward(std::int64_t heads, std::int64_t queries, std::int64_t keys,
-                               std::int64_t width, float scale, const BFloat16* grad,
-                               const BFloat16* q, const BFloat16* k, const BFloat16* v,
-                               const BFloat16* out, const float* lse, BFloat16* dq, BFloat16* dk,
-                               BFloat16* dv) {
+                                   std::int64_t width, float scale, const BFloat16* grad,
+                                   const BFloat16* q, const BFloat16* k, const BFloat16* v,
+                                   const BFloat16* out, const float* lse, BFloat16* dq,
+                                   BFloat16* dk, BFloat16* dv) {
     AttentionBackward<BFloat16> op{};
     op.grad = dense(grad, queries, width);
     op.q = dense(q, queries, width);
