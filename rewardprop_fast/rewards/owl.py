@@ -79,8 +79,8 @@ class Owl(nn.Module):
 class SquareOnBlack:
     """OWLv2's own preprocessing: black at the right or below to a square, then ``side`` pixels.
 
-    A Gaussian whose width goes with the factor before a plain bilinear resize (as scikit-image
-    does), where the picture shrinks.
+    Where the picture shrinks, a Gaussian whose width goes with the factor comes first, as in
+    scikit-image.
     """
 
     side: int
@@ -91,9 +91,28 @@ class SquareOnBlack:
         square = max(height, width)
         images = F.pad(images, (0, square - width, 0, square - height))
         images = blur(images, max(0.0, (square / self.side - 1) / 2))
-        images = F.interpolate(images, (self.side, self.side), mode="bilinear", antialias=False)
+        images = stretch(images, self.side)
         mean, std = images.new_tensor(CLIP_MEAN), images.new_tensor(CLIP_STD)
         return (images - mean.view(3, 1, 1)) / std.view(3, 1, 1)
+
+
+def stretch(images: Tensor, side: int) -> Tensor:
+    """Squares to ``side`` pixels, bilinear; outside they are mirrored at their outermost pixels.
+
+    As scipy's ``zoom(order=1, mode="mirror", grid_mode=True)``; `F.interpolate` would repeat the
+    outermost pixels instead, where the picture grows.
+    """
+    have = images.shape[-1]
+    pixel = (torch.arange(side, device=images.device, dtype=torch.float64) + 0.5) * have / side
+    place = ((pixel - 0.5) * 2 / max(have - 1, 1) - 1).to(images.dtype)
+    grid = torch.stack(torch.meshgrid(place, place, indexing="xy"), dim=-1)
+    return F.grid_sample(
+        images,
+        grid.expand(len(images), -1, -1, -1),
+        mode="bilinear",
+        padding_mode="reflection",
+        align_corners=True,
+    )
 
 
 def blur(images: Tensor, sigma: float) -> Tensor:

@@ -18,6 +18,24 @@ def photograph() -> Image.Image:
         return image.convert("RGB")
 
 
+#: Of a photograph: boxes (left, top, right, bottom), or None for all of it.
+SHAPES = {
+    "whole": None,
+    "sideways": None,
+    "square": (100, 20, 500, 420),
+    "odd": (3, 5, 440, 338),
+    "small": (200, 100, 297, 190),
+}
+
+
+def picture(shape: str) -> Image.Image:
+    """The photograph in one of `SHAPES`."""
+    whole, box = photograph(), SHAPES[shape]
+    if shape == "sideways":
+        return whole.transpose(Image.Transpose.TRANSPOSE)
+    return whole if box is None else whole.crop(box)
+
+
 def to_tensor(image: Image.Image) -> torch.Tensor:
     """(1, 3, H, W) in [0, 1]."""
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)[None].float() / 255

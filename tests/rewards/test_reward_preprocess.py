@@ -12,20 +12,7 @@ from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPi
 
 from rewardprop_fast.errors import ModelError
 from rewardprop_fast.rewards.preprocess import CLIP_STD, Preprocess, of_processor, resize
-from tests.rewards.images import check_slope, crops, photograph, to_tensor
-
-
-def pictures():
-    """The photograph upright, sideways, square, and smaller than what comes out."""
-    whole = photograph()
-    return {
-        "512 x 600": whole,
-        "600 x 512": whole.transpose(Image.Transpose.TRANSPOSE),
-        "square": whole.crop((100, 50, 500, 450)),
-        "odd": whole.crop((3, 5, 440, 338)),
-        "small": whole.crop((200, 100, 297, 190)),
-    }
-
+from tests.rewards.images import SHAPES, check_slope, crops, photograph, picture, to_tensor
 
 PROCESSORS = {
     "CLIP": (CLIPImageProcessorPil(), Preprocess((224, 224))),
@@ -45,12 +32,12 @@ PROCESSORS = {
 }
 
 
-@pytest.mark.parametrize("picture", pictures())
+@pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("name", PROCESSORS)
-def test_it_is_the_models_own_processor_but_for_pillows_rounding(name, picture):
+def test_it_is_the_models_own_processor_but_for_pillows_rounding(name, shape):
     """Within 1.2 grey levels of 255 everywhere, 0.35 on average: Pillow rounds twice."""
     processor, ours = PROCESSORS[name]
-    image = pictures()[picture]
+    image = picture(shape)
     expected = processor(image, return_tensors="pt").pixel_values
     found = ours(to_tensor(image))
     assert found.shape == expected.shape
