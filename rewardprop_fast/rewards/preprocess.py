@@ -83,7 +83,8 @@ def resize(
     images: Tensor, size: tuple[int, int], mode: Literal["bilinear", "bicubic"] = "bicubic"
 ) -> Tensor:
     """Antialiased. Clamped to [0, 1] after each direction, across before down, as Pillow does it:
-    cubics overshoot at edges, and bytes cannot.
+    cubics overshoot at edges, and bytes cannot. (Pillow 13 goes down first where the height shrinks
+    much more than the width; published models were trained with older ones.)
     """
     for inner in ((images.shape[-2], size[1]), tuple(size)):
         if tuple(images.shape[-2:]) != inner:

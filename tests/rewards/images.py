@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib.metadata
 
 import numpy as np
 import torch
@@ -10,13 +11,7 @@ from matplotlib import cbook
 from PIL import Image
 from torch.nn import functional as F
 
-
-@functools.cache
-def photograph() -> Image.Image:
-    """One that matplotlib ships: 512 x 600, RGB, public domain (US Navy)."""
-    with Image.open(cbook.get_sample_data("grace_hopper.jpg", asfileobj=False)) as image:
-        return image.convert("RGB")
-
+PHOTOGRAPHS = ("grace_hopper", "china", "flower")
 
 #: Of a photograph: boxes (left, top, right, bottom), or None for all of it.
 SHAPES = {
@@ -28,9 +23,25 @@ SHAPES = {
 }
 
 
-def picture(shape: str) -> Image.Image:
-    """The photograph in one of `SHAPES`."""
-    whole, box = photograph(), SHAPES[shape]
+@functools.cache
+def photograph(name: str = "grace_hopper") -> Image.Image:
+    """One of `PHOTOGRAPHS`, RGB, from a package that ships it.
+
+    grace_hopper: matplotlib, 512 x 600, public domain (US Navy). china and flower: scikit-learn,
+    640 x 427, CC BY 2.0 (danielbuechele and vultilion on flickr.com); read without importing it.
+    """
+    if name == "grace_hopper":
+        file = cbook.get_sample_data("grace_hopper.jpg", asfileobj=False)
+    else:
+        package = importlib.metadata.distribution("scikit-learn")
+        file = str(package.locate_file(f"sklearn/datasets/images/{name}.jpg"))
+    with Image.open(file) as image:
+        return image.convert("RGB")
+
+
+def picture(name: str, shape: str) -> Image.Image:
+    """One of `PHOTOGRAPHS` in one of `SHAPES`."""
+    whole, box = photograph(name), SHAPES[shape]
     if shape == "sideways":
         return whole.transpose(Image.Transpose.TRANSPOSE)
     return whole if box is None else whole.crop(box)
@@ -42,7 +53,7 @@ def to_tensor(image: Image.Image) -> torch.Tensor:
 
 
 def crops(count: int, size: int, seed: int = 0) -> torch.Tensor:
-    """(count, 3, size, size): squares of the photograph from all places and of many widths."""
+    """(count, 3, size, size): squares of one photograph from all places and of many widths."""
     whole = to_tensor(photograph())
     draw = np.random.default_rng(seed)
     found = []

@@ -23,7 +23,7 @@ from rewardprop_fast.memory.plan import Plan, Policy
 from rewardprop_fast.memory.segments import reward_segments
 from rewardprop_fast.models.random_init import _byte_tokenizer
 from tests.rewards.folders import SIDE, clip_folder, head_file, head_tensors
-from tests.rewards.images import check_slope, crops, photograph, to_tensor
+from tests.rewards.images import PHOTOGRAPHS, check_slope, crops, photograph, to_tensor
 
 PROMPTS = ["a sailor", "an admiral who wrote a compiler"]
 EMPTY = [{}, {}]
@@ -84,8 +84,9 @@ def test_the_score_is_transformers_own_on_the_same_pixels(folder, make):
     torch.testing.assert_close(scores, features[:, 0], rtol=1e-5, atol=1e-5)
 
 
-def test_on_a_photograph_it_is_near_what_the_models_own_processor_gives(folder, make):
-    image = photograph()
+@pytest.mark.parametrize("photo", PHOTOGRAPHS)
+def test_on_a_photograph_it_is_near_what_the_models_own_processor_gives(folder, make, photo):
+    image = photograph(photo)
     processor = CLIPImageProcessorPil(size={"shortest_edge": SIDE}, crop_size=SIDE)
     pixels = processor(image, return_tensors="pt").pixel_values
     expected, _, _ = of_transformers(folder, pixels, PROMPTS[:1])

@@ -32,7 +32,15 @@ from rewardprop_fast.models.random_init import _byte_tokenizer
 from rewardprop_fast.rewards.owl import SquareOnBlack
 from rewardprop_fast.rewards.preprocess import CLIP_STD
 from tests.rewards.folders import SIDE, clip_folder, seeded
-from tests.rewards.images import SHAPES, check_slope, crops, photograph, picture, to_tensor
+from tests.rewards.images import (
+    PHOTOGRAPHS,
+    SHAPES,
+    check_slope,
+    crops,
+    photograph,
+    picture,
+    to_tensor,
+)
 
 QUERIES = ["a sailor", "a flag"]
 PROMPTS, EMPTY = ["a", "b"], [{}, {}]
@@ -114,11 +122,12 @@ CASES = [
 ]
 
 
+@pytest.mark.parametrize("photo", PHOTOGRAPHS)
 @pytest.mark.parametrize("kind", OWLS)
-def test_the_scores_are_those_of_transformers_own_detector(folders, make, kind):
+def test_the_scores_are_those_of_transformers_own_detector(folders, make, kind, photo):
     _, model_class, processor = OWLS[kind]
     model = model_class.from_pretrained(folders[kind]).eval()
-    image = photograph()
+    image = photograph(photo)
     pixels = processor(size={"height": SIDE, "width": SIDE})(image, return_tensors="pt")
     words = _byte_tokenizer()(QUERIES, padding="max_length", max_length=16, return_tensors="pt")
     images = to_tensor(image)
@@ -146,10 +155,11 @@ def test_the_scores_are_those_of_transformers_own_detector(folders, make, kind):
 
 
 @pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("photo", PHOTOGRAPHS)
 @pytest.mark.parametrize("side", [28, 960])
-def test_owlv2s_picture_is_its_own_processors_up_to_the_border(shape, side):
+def test_owlv2s_picture_is_its_own_processors_up_to_the_border(photo, shape, side):
     """Within 0.02 grey levels of 255 everywhere, shrinking and enlarging: nothing is rounded."""
-    image = picture(shape)
+    image = picture(photo, shape)
     processor = Owlv2ImageProcessorPil(size={"height": side, "width": side})
     expected = processor(image, return_tensors="pt").pixel_values
     found = SquareOnBlack(side)(to_tensor(image))
@@ -175,9 +185,10 @@ def test_the_slope_of_owlv2s_picture_is_that_of_finite_differences(side):
     )
 
 
+@pytest.mark.parametrize("photo", PHOTOGRAPHS)
 @pytest.mark.parametrize("kind", ["vit", "convnext"])
-def test_the_classifiers_log_probability(folders, make, kind):
-    image = photograph()
+def test_the_classifiers_log_probability(folders, make, kind, photo):
+    image = photograph(photo)
     if kind == "vit":
         model = ViTForImageClassification.from_pretrained(folders[kind])
         pixels = ViTImageProcessorPil.from_pretrained(folders[kind])(image, return_tensors="pt")
