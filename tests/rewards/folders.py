@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -81,4 +83,17 @@ def head_tensors(width: int, seed: int = 0) -> dict[str, torch.Tensor]:
 
 def head_file(path: Path, width: int = 24) -> Path:
     save_file(head_tensors(width), path)
+    return path
+
+
+def zeros_file(path: Path, shapes: dict[str, tuple[int, ...]]) -> Path:
+    """A .safetensors file of fp32 zeros that takes no room: after its header it is a hole."""
+    header, end = {}, 0
+    for key, shape in shapes.items():
+        start, end = end, end + 4 * math.prod(shape)
+        header[key] = {"dtype": "F32", "shape": list(shape), "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(8 + len(text) + end)
     return path

@@ -31,7 +31,7 @@ from rewardprop_fast.memory.segments import reward_segments
 from rewardprop_fast.models.random_init import _byte_tokenizer
 from rewardprop_fast.rewards.owl import SquareOnBlack
 from rewardprop_fast.rewards.preprocess import CLIP_STD
-from tests.rewards.folders import SIDE, clip_folder, seeded
+from tests.rewards.folders import SIDE, clip_folder, seeded, zeros_file
 from tests.rewards.images import (
     PHOTOGRAPHS,
     SHAPES,
@@ -347,3 +347,47 @@ def test_full_size_detectors_have_the_parameters_of_their_parts(kind, side, patc
         heads += 2 * (v**2 + v) + v + 1  # objectness
     expected = tower + words + projections + heads
     assert sum(p.numel() for p in model.parameters()) == expected == count
+
+
+def vit_shapes(width, depth, patch, side, classes):
+    """The published keys of a ViTForImageClassification."""
+
+    def linear(name, outputs, inputs=width):
+        return {f"{name}.weight": (outputs, inputs), f"{name}.bias": (outputs,)}
+
+    def norm(name):
+        return {f"{name}.weight": (width,), f"{name}.bias": (width,)}
+
+    shapes = {
+        "vit.embeddings.cls_token": (1, 1, width),
+        "vit.embeddings.position_embeddings": (1, (side // patch) ** 2 + 1, width),
+        "vit.embeddings.patch_embeddings.projection.weight": (width, 3, patch, patch),
+        "vit.embeddings.patch_embeddings.projection.bias": (width,),
+    }
+    for block in (f"vit.encoder.layer.{number}" for number in range(depth)):
+        for part in ("query", "key", "value"):
+            shapes |= linear(f"{block}.attention.attention.{part}", width)
+        shapes |= linear(f"{block}.attention.output.dense", width)
+        shapes |= linear(f"{block}.intermediate.dense", 4 * width)
+        shapes |= linear(f"{block}.output.dense", width, 4 * width)
+        shapes |= norm(f"{block}.layernorm_before") | norm(f"{block}.layernorm_after")
+    return shapes | norm("vit.layernorm") | linear("classifier", classes)
+
+
+def test_a_full_size_classifier_is_read_by_its_published_keys(tmp_path):
+    """google/vit-base-patch16-224, of zeros: every key and shape, through the reward's loader."""
+    shapes = vit_shapes(width=768, depth=12, patch=16, side=224, classes=1000)
+    ViTConfig(num_labels=1000).save_pretrained(tmp_path)
+    ViTImageProcessorPil().save_pretrained(tmp_path)
+    weights = zeros_file(tmp_path / "model.safetensors", shapes)
+    reward = rewards.build("adversarial", model=str(tmp_path), target=1)
+    assert sum(p.numel() for p in reward.parameters()) == 86_567_656
+    assert reward.preprocess.size == (224, 224)
+    assert len(reward_segments(reward)) == 12
+    pixels = reward.preprocess(torch.empty(2, 3, 512, 512, device="meta"))
+    assert reward.model.to("meta")(pixel_values=pixels).logits.shape == (2, 1000)
+    del shapes["vit.encoder.layer.11.attention.attention.key.weight"]
+    weights.unlink()
+    zeros_file(weights, shapes)
+    with pytest.raises(ModelError, match=r"1 are missing, among them vit\..*11\.attention"):
+        rewards.build("adversarial", model=str(tmp_path), target=1)
