@@ -20,6 +20,7 @@ _PHASES = {
     "reward": "reward",
     "decode_backward": "backward: reward, decoder",
     "backward": "backward: UNet",
+    "update": "optimizer",
 }
 
 #: Holders that are named; the rest is summed up.

@@ -53,8 +53,11 @@ TAIL_PHASES = ("decode", "reward", "decode_backward")
 #: The phase whose beginning is that of a chain of steps with gradients.
 CHAIN_BEGINS = "suffix"
 
-#: Steps of intervals outside the chain of the K steps.
-BEFORE, BEHIND = -1, -2
+#: The phase of the optimizer, when all gradients are there.
+UPDATE = "update"
+
+#: Steps of intervals outside the chain of the K steps: before it, behind it, behind its gradients.
+BEFORE, BEHIND, AFTER = -1, -2, -3
 
 
 @dataclass(frozen=True)
@@ -102,8 +105,8 @@ class Interval:
 
     Attributes:
         phase: "prefix", "suffix", "decode", "reward", "decode_backward" (of the reward and the
-            decoder), "backward" (of the chain).
-        step: of the K; `BEFORE` the first, or `BEHIND` the last.
+            decoder), "backward" (of the chain), "update".
+        step: of the K; `BEFORE` the first, `BEHIND` the last, or `AFTER` the gradients.
         unit: index of the unit that runs, or -1 for what lies between.
         is_backward: whether the unit's backward pass runs.
         opened: units 0..opened-1 have run forward and not yet backward (beside the running one).
@@ -169,7 +172,8 @@ def absent(plan: Plan, unet: nn.Module, vae: nn.Module, reward: object) -> dict[
     if plan.residency == "all":
         return {}
     chain, tail = frozen_bytes(unet), frozen_bytes(vae) + frozen_bytes(reward)
-    return {name: chain if name in TAIL_PHASES else tail for name in (*CHAIN_PHASES, *TAIL_PHASES)}
+    phases = (*CHAIN_PHASES, *TAIL_PHASES, UPDATE)
+    return {name: chain if name in TAIL_PHASES else tail for name in phases}
 
 
 def frozen_bytes(network: object) -> int:

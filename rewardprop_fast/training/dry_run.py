@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from types import SimpleNamespace
 from typing import Any
 
@@ -20,6 +21,7 @@ from rewardprop_fast import lora
 from rewardprop_fast.memory import make_fake
 from rewardprop_fast.memory.devices import Device
 from rewardprop_fast.memory.meter import Meter
+from rewardprop_fast.memory.profile import UPDATE
 from rewardprop_fast.memory.repeating import RepeatingFakeMode
 from rewardprop_fast.models.shapes import Shapes
 from rewardprop_fast.models.support import is_sdxl
@@ -29,6 +31,7 @@ from rewardprop_fast.rewards import Reward
 from rewardprop_fast.rollout import Conditioning, Schedule
 from rewardprop_fast.training.config import TrainConfig
 from rewardprop_fast.training.engine import Engine, negative_mean
+from rewardprop_fast.training.optimization import LoRAOptimizer
 from rewardprop_fast.training.timing import PhaseTimer
 
 #: Steps without gradient that a dry run takes: a second one finds what the first has left.
@@ -129,12 +132,34 @@ class DryRun:
         trained = [p for p in unet.parameters() if p.requires_grad]
         return cls(mode, engine, config, trained)
 
-    def step(self, gradient_steps: int | None = None, prefix: int = PREFIX) -> None:
+    @cached_property
+    def optimizer(self) -> LoRAOptimizer | None:
+        """After its first update; None where it is in host memory, apart from the device's."""
+        if self.config.optimizer.offload and self._on_card:
+            return None
+        names = {str(number): parameter for number, parameter in enumerate(self.trained)}
+        with self.mode:
+            found = LoRAOptimizer(names, self.config.optimizer, self.config.steps, offload=False)
+            for group in found.adamw.param_groups:
+                group["foreach"] = self._on_card  # PyTorch's default there; fake tensors hide it
+            for parameter in self.trained:
+                parameter.grad = torch.empty_like(parameter)
+            found.update(0)
+        return found
+
+    @property
+    def _on_card(self) -> bool:
+        return self.config.device != "cpu"
+
+    def step(
+        self, gradient_steps: int | None = None, prefix: int = PREFIX, update: bool = False
+    ) -> None:
         """Run it once; the gradients are gone afterwards.
 
         Args:
             gradient_steps: K; None is the config's.
             prefix: most UNet calls without gradients.
+            update: whether the optimizer updates too, as from its second update on.
         """
         batch, engine = self.config.batch_size, self.engine
         draws = DryDraws(0, 0, tuple(range(batch)), self.config.sampling.steps)
@@ -157,10 +182,17 @@ class DryRun:
                     n, x = engine.ahead(prompts * together, latents, everyone, timer)
                     reached = n, x[:batch]  # a view: the others wait for their turn
                 engine.step(prompts, facts, latents[:batch], draws, reached=reached)
+                if update:
+                    self._update()
             finally:
                 engine.config, engine.schedule = config, schedule
         for parameter in self.trained:
             parameter.grad = None
+
+    def _update(self) -> None:
+        with self.engine.watch(UPDATE):
+            if self.optimizer is not None:  # of what is done on the host nothing is here
+                self.optimizer.update(0)  # the gradients' norm takes a number a parameter
 
     def meter(self, device: Device) -> Meter:
         """For one more run of this step, on ``device``."""
@@ -177,12 +209,8 @@ class DryRun:
             if isinstance(network, nn.Module)
             for tensor in (*network.parameters(), *network.buffers())
         ]
-        with self.mode:
-            settings = self.config.optimizer
-            away = settings.offload and self.config.device != "cpu"
-            there = optimizer and not away
-            for _ in range(2 + (settings.ema_decay is not None) if there else 0):
-                held += [torch.empty_like(parameter) for parameter in self.trained]
+        if optimizer and self.optimizer is not None:
+            held += self.optimizer.held()
         return held
 
 

@@ -88,8 +88,8 @@ def estimate(
         gradient_steps: run so many of the K steps; None is all.
         prefix: run so many UNet calls without gradients at most; two already find what the first
             has left.
-        optimizer: whether its state is there, which it is from the first update on, unless the
-            config keeps it on the host.
+        optimizer: whether the step ends with an update, and its state is there as from the first
+            one on, unless the config keeps it on the host.
     """
     engine, pipe = dry.engine, dry.engine.pipe
     networks = {"unet": pipe.unet, "vae": pipe.vae, "reward": engine.reward}
@@ -126,7 +126,7 @@ def estimate(
     engine.watch = watch
     try:
         with tracker:
-            dry.step(gradient_steps, prefix)
+            dry.step(gradient_steps, prefix, update=optimizer)
     finally:
         applied.remove()
     by_phase = {
@@ -201,9 +201,11 @@ def make_profile(dry: DryRun, device: Device) -> Profile:
     """What every part of the step costs in bytes and, on ``device``, seconds."""
     engine, meter = dry.engine, dry.meter(device)
 
+    updates = iter([True])  # once will do: no choice changes it
+
     def step(k: int, prefix: int, watch: Callable[[str], AbstractContextManager[None]]) -> None:
         engine.watch = watch
-        dry.step(k, prefix)
+        dry.step(k, prefix, next(updates, False))
 
     found = profile(
         Networks(engine.pipe.unet, engine.pipe.vae, engine.reward, dry.mode),

@@ -134,6 +134,12 @@ class LoRAOptimizer:
             groups["average"] = {name: tensor.clone() for name, tensor in self.average.items()}
         return groups
 
+    def held(self) -> list[Tensor]:
+        """What it keeps of a parameter's size: the moments, and the average where one is kept."""
+        states = self.adamw.state.values()
+        moments = [state[key] for state in states for key in ("exp_avg", "exp_avg_sq")]
+        return moments + list((self.average or {}).values())
+
     def load(self, groups: Mapping[str, Mapping[str, Tensor]]) -> None:
         """Take back what `state` gave. Raises KeyError where a parameter is missing."""
         moments = groups["optimizer"]

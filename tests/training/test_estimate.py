@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from contextlib import ExitStack
+from dataclasses import replace
 from itertools import accumulate
 from typing import Any
 
@@ -21,7 +22,13 @@ from rewardprop_fast.models import load_bundled
 from rewardprop_fast.ops import packing
 from rewardprop_fast.training import budget
 from rewardprop_fast.training.budget import Memory
-from rewardprop_fast.training.config import LoRAConfig, OutputConfig, SamplingConfig, TrainConfig
+from rewardprop_fast.training.config import (
+    LoRAConfig,
+    OptimizerConfig,
+    OutputConfig,
+    SamplingConfig,
+    TrainConfig,
+)
 from rewardprop_fast.training.dry_run import DryRun, gradient_steps_of
 from rewardprop_fast.training.estimate import estimate, make_profile, plan_for, planner_for
 from rewardprop_fast.training.trainer import RewardPropTrainer
@@ -73,9 +80,10 @@ def make(pipe: Any, method: Any, tmp_path: Any, **options: Any) -> RewardPropTra
     return RewardPropTrainer(pipe, Judge(), ["a boat", "a dog"], config, progress="silent")
 
 
-def real(trainer: RewardPropTrainer) -> dict[str, int]:
+def real(trainer: RewardPropTrainer, update: bool = False) -> dict[str, int]:
     """Peaks by phase of a step under whatever plan is at work."""
     tracker = MemoryTracker()
+    tracker.count(trainer.optimizer.held())
     for network in (trainer.pipe.unet, trainer.pipe.vae, trainer.reward):
         tracker.count(network)
     engine = trainer.engine
@@ -98,6 +106,10 @@ def real(trainer: RewardPropTrainer) -> dict[str, int]:
     engine.watch = both
     with tracker:
         trainer.training_step(["a boat", "a dog"], seed=3)
+        if update:
+            with tracker.phase("update"):
+                trainer.optimizer.gradient_norm()
+                trainer.optimizer.update(0)
     engine.watch, engine.encoder = watch, encoder
     del engine._score, engine._is_finite
     for parameter in trainer.parameters.values():
@@ -197,6 +209,48 @@ def test_steps_run_again_as_a_whole_are_composed_to_a_few_latents(
                 more = composed.by_phase[phase] - found.by_phase[phase]
                 # of a phase that is not the highest: a small gradient that is added to another
                 assert -256 <= more <= most, (problem.whole, mode, phase)
+
+
+@pytest.mark.parametrize("foreach", [False, True])
+def test_the_update_is_a_phase_of_the_step(pipeline: Any, tmp_path: Any, foreach: bool) -> None:
+    """With ``foreach``, PyTorch's default on a card, the roots of all second moments at once."""
+    optimizer = OptimizerConfig(ema_decay=0.9)
+    trainer = make(
+        pipeline("sd"), DRaFT(1), tmp_path, optimizer=optimizer, lora=LoRAConfig(rank=64)
+    )
+    for parameter in trainer.parameters.values():
+        parameter.grad = torch.ones_like(parameter)
+    for group in trainer.optimizer.adamw.param_groups:
+        group["foreach"] = foreach
+    trainer.optimizer.update(0)
+    device = "cuda" if foreach else "cpu"
+    dry = DryRun.of_pipeline(trainer.pipe, trainer.reward, replace(trainer.config, device=device))
+    foreseen = estimate(dry, Plan(), CARD)
+    assert real(trainer, update=True)["update"] == pytest.approx(
+        foreseen.by_phase["update"], rel=1e-3
+    )
+    # parameters, gradients, two moments, the average, and the roots
+    trained = sum(p.nbytes for p in trainer.parameters.values())
+    others = foreseen.resident - 4 * trained
+    most = max(p.nbytes for p in trainer.parameters.values())
+    roots = foreseen.by_phase["update"] - others - 5 * trained
+    least, limit = (trained, 1.01 * trained) if foreach else (most, trained / 2)
+    assert least <= roots < limit
+    profile = make_profile(dry, CARD)
+    assert profile.seconds["update"] >= 9 * trained / CARD.bandwidth  # each is read and written
+    planned = plan_for(dry, profile, Limits(None))
+    assert planned.by_phase["update"] == foreseen.by_phase["update"]
+    assert [phase for phase, _, _ in planned.timeline()][-1] == "update"
+
+
+def test_an_optimizer_on_the_host_updates_nothing_on_the_card(pipeline: Any, tmp_path: Any) -> None:
+    trainer = make(pipeline("sd"), DRaFT(1), tmp_path)
+    away = replace(trainer.config, device="cuda", optimizer=OptimizerConfig(offload=True))
+    dry = DryRun.of_pipeline(trainer.pipe, trainer.reward, away)
+    found, bare = (estimate(dry, Plan(), CARD, optimizer=there) for there in (True, False))
+    trained = sum(p.nbytes for p in trainer.parameters.values())
+    assert found.resident == bare.resident
+    assert 0 <= found.by_phase["update"] - found.resident - trained < 2**16
 
 
 def test_noise_of_every_step_is_counted_though_few_are_run(pipeline: Any, tmp_path: Any) -> None:

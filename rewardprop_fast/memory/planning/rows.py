@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 from rewardprop_fast.memory.planning.limits import Residency
 from rewardprop_fast.memory.planning.variables import Variables
-from rewardprop_fast.memory.profile import BEFORE, BEHIND, TAIL_PHASES, Interval
+from rewardprop_fast.memory.profile import AFTER, BEFORE, BEHIND, TAIL_PHASES, Interval
 
 
 @dataclass
@@ -62,6 +62,8 @@ class Rows:
                 yield self._row(interval, self._shift(self.k), None, None)
             elif interval.step == BEFORE:
                 yield self._row(interval, self._before, None, None)
+            elif interval.step == AFTER:
+                yield self._row(interval, 0, None, None)
             else:
                 for number, group in enumerate(self.groups):
                     if min(group.start, 1) == min(interval.step, 1):
@@ -210,3 +212,5 @@ class Rows:
                     yield interval, group, [*self._rows_of_step(interval, group, step)][-1]
             for interval in backward[min(step, 1)]:
                 yield interval, group, next(self._rows_of_step(interval, group, step))
+        for interval in forward[AFTER]:
+            yield interval, -1, self._row(interval, 0, None, None)

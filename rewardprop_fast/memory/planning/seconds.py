@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from rewardprop_fast.memory.planning.limits import Limits, Residency
-from rewardprop_fast.memory.profile import Profile
+from rewardprop_fast.memory.profile import TAIL_PHASES, UPDATE, Profile
 
 
 def base_seconds(profile: Profile, gradient_steps: int, prefix: int) -> float:
     """Of the whole step, everything kept."""
     seconds = profile.seconds
     chain = seconds.get("suffix", 0.0) + seconds.get("backward", 0.0)
-    tail = sum(seconds.get(name, 0.0) for name in ("decode", "reward", "decode_backward"))
+    once = sum(seconds.get(name, 0.0) for name in (*TAIL_PHASES, UPDATE))
     chain *= gradient_steps / profile.gradient_steps
-    return prefix * profile.prefix_seconds + chain + tail
+    return prefix * profile.prefix_seconds + chain + once
 
 
 def least_seconds(

@@ -4,7 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from rewardprop_fast.memory.profile import BEFORE, BEHIND, Interval, Numbers, Profile, Unit
+from rewardprop_fast.memory.profile import (
+    AFTER,
+    BEFORE,
+    BEHIND,
+    UPDATE,
+    Interval,
+    Numbers,
+    Profile,
+    Unit,
+)
 from rewardprop_fast.memory.profiling.notes import Mark
 from rewardprop_fast.memory.profiling.run import Run
 
@@ -81,6 +90,8 @@ def read_skeleton(run: Run, found: Profile) -> None:
             found.step_starts.append(before.live - held)
         elif before.kind == "step":
             found.step_ends.append(before.live - held)
+        if before.phase == UPDATE:
+            running, step = -1, AFTER
         own = kept[_call_of(position, running)] if is_backward and running >= 0 else 0
         found.intervals.append(
             Interval(

@@ -17,6 +17,7 @@ _PHASES = {
     "reward": ("reward", "#fdf0d5"),
     "decode_backward": ("decoder backward", "#d3ead0"),
     "backward": ("UNet backward", "#c6dbef"),
+    "update": ("update", "#e9e3f1"),
 }
 
 #: A curve is drawn through so many points at most, the highest of each stretch.
