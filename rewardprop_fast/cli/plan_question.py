@@ -98,18 +98,31 @@ def read_question(args: Namespace) -> Question:
     if args.model is not None:
         model = args.model
     reward = ", ".join(spec.name for spec in specs) or args.reward or "clip-h"
-    residencies: dict[str, tuple[Residency, ...]] = {"auto": ("all", "phases")}
-    limits = Limits(
+    limits = _limits(args, budget, card)
+    train = _laid_over(train, args)
+    _locate(model)
+    others = tuple(gib * 2**30 - RESERVE for gib in _COMPARED)
+    return Question(model, train, reward, card, limits, source, others, specs)
+
+
+def _limits(args: Namespace, budget: int | None, card: Device) -> Limits:
+    if not card.arch and (args.offload or args.residency == "phases"):
+        given = "--offload" if args.offload else "--residency phases"
+        raise ConfigError(
+            f"{given} with --card {card.name} would move memory to where it is; leave it out, or "
+            "name a graphics card."
+        )
+    residencies: dict[str, tuple[Residency, ...]] = {
+        "auto": ("all", "phases") if card.arch else ("all",)
+    }
+    return Limits(
         budget,
         to_host=card.download,
         to_device=card.upload,
         offload=args.offload,
         residencies=residencies.get(args.residency, (args.residency,)),
+        apart=bool(card.arch),
     )
-    train = _laid_over(train, args)
-    _locate(model)
-    others = tuple(gib * 2**30 - RESERVE for gib in _COMPARED)
-    return Question(model, train, reward, card, limits, source, others, specs)
 
 
 def _card(name: str) -> Device:

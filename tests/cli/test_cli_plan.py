@@ -116,7 +116,8 @@ def test_the_figures_are_those_of_a_tracked_run(ask: Ask, model: Path) -> None:
     assert prediction["peak_is"] == "exact"
     assert prediction["peak_bytes"] == tracked_peak(model, Plan())
     phases = prediction["peak_bytes_by_phase"]
-    assert list(phases) == ["prefix", "suffix", "decode", "reward", "decode_backward", "backward"]
+    behind = ["decode", "reward", "decode_backward", "backward", "update"]
+    assert list(phases) == ["prefix", "suffix", *behind]
     assert max(phases.values()) == prediction["peak_bytes"]
     assert sum(found["holders_at_peak_bytes"].values()) == prediction["peak_bytes"]
     rounded = prediction["rounded_bytes"]
@@ -205,6 +206,12 @@ def test_weights_by_phase_are_away_from_the_other_phases(ask: Ask) -> None:
     assert phases["prediction"]["modelled_seconds"] > everything["prediction"]["modelled_seconds"]
 
 
+def test_a_plan_for_a_cpu_moves_nothing() -> None:
+    limits = question("--card", "cpu").limits
+    assert limits.residencies == ("all",)
+    assert not limits.apart
+
+
 def test_other_budgets_cost_more_the_smaller_they_are(ask: Ask) -> None:
     rows = ask("--budget", "none")["other_budgets"]
     assert [row["budget_bytes"] / 2**30 for row in rows] == [22.5, 14.5, 10.5, 8.5, 6.5]
@@ -223,7 +230,7 @@ def test_a_composed_curve_has_the_peaks_of_its_phases_and_the_step_s_seconds(mod
         for phase, peak in plan.by_phase.items():
             assert max((b for _, b, p in points if p == phase), default=peak) == peak
         order = [p for p, _ in groupby(p for *_, p in points)]
-        assert order == ["suffix", "decode", "reward", "decode_backward", "backward"]
+        assert order == ["suffix", "decode", "reward", "decode_backward", "backward", "update"]
         run = estimate(dry, plan.plan, card)
         # units that are alike count with the dearest one's seconds, which adds up gradients too
         assert run.seconds < points[-1][0] < 1.05 * run.seconds
@@ -328,6 +335,8 @@ def test_copies_take_as_long_as_the_card_s_link_needs() -> None:
         (("--method", "draft_lv", "--k", "3"), ("draft_lv has one step",)),
         (("--config", "nothing.yaml"), ("There is no config file",)),
         (("--height", "129"), ("sampling.height is 129", "multiples of")),
+        (("--card", "cpu", "--offload"), ("--offload with --card cpu", "a graphics card")),
+        (("--card", "cpu", "--residency", "phases"), ("--residency phases with --card cpu",)),
     ],
 )
 def test_what_cannot_be_is_one_error_before_any_work(

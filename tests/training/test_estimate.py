@@ -338,6 +338,8 @@ def test_a_plan_that_offloads_is_never_over_its_budget_when_it_is_run(
         offloading += planned.plan.offloads
         assert found.peak <= planned.peak <= budget
         assert planned.peak - found.peak <= most_more
+        assert min(planned.at_peak.values()) >= 0
+        assert sum(planned.at_peak.values()) == planned.peak
         for phase, peak in found.by_phase.items():
             assert peak <= planned.by_phase[phase], (share, phase)
     assert offloading

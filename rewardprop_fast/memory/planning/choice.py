@@ -36,7 +36,10 @@ class Choice:
         return max(by_phase.values()), by_phase
 
     def holders(self, row: Row) -> dict[str, int]:
-        """What units of each kind hold in an interval; "" is all the rest."""
+        """What units of each kind hold in an interval; "" is all the rest.
+
+        A unit whose input went to the host holds nothing; the input is missing from the rest.
+        """
         kinds = {
             variable: self.variables.profile.units[unit].kind
             for (_, unit), modes in self.variables.choice.items()
@@ -45,7 +48,7 @@ class Choice:
         found = Counter({"": self._constant(row)})
         for variable, nbytes in row.terms.items():
             if variable in self.chosen:
-                found[kinds[variable]] += nbytes
+                found[kinds[variable] if nbytes >= 0 else ""] += nbytes
         return dict(found.most_common())
 
     def timeline(self) -> list[tuple[str, int, float]]:
