@@ -105,7 +105,7 @@ def _phases(console: Console, answer: Answer) -> None:
     reserved = found.reserved
     for title, nbytes in (
         ("in the allocator's blocks, rounded up", reserved.peak_allocated if reserved else None),
-        ("reserved by the allocator, a bound", reserved.peak_reserved if reserved else None),
+        ("reserved by it, without workspaces", reserved.peak_reserved if reserved else None),
     ):
         note = "asks for --exact" if nbytes is None else format_bytes(nbytes)
         table.add_row(title, note, style="dim")
