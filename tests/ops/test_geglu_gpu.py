@@ -87,6 +87,15 @@ def test_cuda_more_than_one_block(shape: tuple[int, int], dtype: torch.dtype) ->
 
 
 @emulated
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_cuda_gives_the_same_bits_in_a_hundred_runs(dtype: torch.dtype) -> None:
+    x, grad = torch.randn(3, 2 * 17).to(dtype), torch.randn(3, 17).to(dtype)
+    first = run("cuda", x, grad)
+    for _ in range(99):
+        assert all(map(torch.equal, run("cuda", x, grad), first))
+
+
+@emulated
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_cuda_arrays_that_are_not_aligned_to_packs(dtype: torch.dtype) -> None:
     """Views that begin at an odd element: dense, but no thread may load 16 bytes of them."""

@@ -194,6 +194,21 @@ def test_is_the_same_every_time_and_gradients_alone_are_the_same(layout: str) ->
 
 @pytest.mark.usefixtures("form")
 @LAYOUTS
+def test_a_hundred_runs_give_the_same_bits(layout: str) -> None:
+    leaves = [laid_out(torch.randn(2, 6, 3, 4), layout), torch.randn(6), torch.randn(6)]
+    grad = torch.randn(2, 6, 3, 4)
+
+    def run() -> list[Tensor | None]:
+        return output_and_gradients(lambda x, w, b: group_norm(x, 3, w, b, silu=True), leaves, grad)
+
+    with ops.backend("cuda", strict=True), poisoned():
+        first = run()
+        for _ in range(99):
+            assert all(map(torch.equal, run(), first))
+
+
+@pytest.mark.usefixtures("form")
+@LAYOUTS
 def test_large_means_leave_the_deviation(layout: str) -> None:
     x = laid_out(torch.randn(1, 16, 9, 8) + 1e4, layout)
     with ops.backend("cuda", strict=True):

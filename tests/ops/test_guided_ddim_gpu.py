@@ -129,6 +129,14 @@ def test_more_than_one_block(count: int, model_dtype: torch.dtype) -> None:
 
 
 @emulated
+def test_cuda_gives_the_same_bits_in_a_hundred_runs() -> None:
+    args, weight = inputs((2, 1, 3, 5), guided=True, noisy=True), torch.randn(2, 1, 3, 5)
+    first = outputs_and_gradients("cuda", args, weight)
+    for _ in range(99):
+        assert all(map(torch.equal, outputs_and_gradients("cuda", args, weight), first))
+
+
+@emulated
 @pytest.mark.parametrize("shifted", ["model_output", "latents", "noise", "weight"])
 def test_arrays_that_are_not_aligned_to_packs(shifted: str) -> None:
     """A view that begins at an odd element: dense, but no thread may load 16 bytes of it.

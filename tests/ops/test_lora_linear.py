@@ -386,14 +386,22 @@ def test_channels_last_pixels_are_not_copied() -> None:
     assert any(tensor.data_ptr() == x.data_ptr() for tensor in kept)
 
 
-@pytest.mark.parametrize("backend", [*FAST, "reference"])
-@pytest.mark.parametrize("lora_dtype", [torch.float32, torch.bfloat16])
-def test_nan_and_infinities_pass_as_in_pytorch(backend: str, lora_dtype: torch.dtype) -> None:
-    x, weight, bias, lora_a, lora_b = inputs(
-        (6,), 8, 9, 2, dtype=torch.bfloat16, lora_dtype=lora_dtype
-    )
+@pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.*")  # NumPy's, where infinities meet
+@pytest.mark.parametrize(
+    ("backend", "dtype"),
+    [
+        *((backend, torch.bfloat16) for backend in (*FAST, "reference")),
+        *(pytest.param("triton", dtype, marks=needs_triton) for dtype in TRITON_DTYPES),
+    ],
+)
+@pytest.mark.parametrize("master", [True, False], ids=["float32 adapter", "adapter as x"])
+def test_nan_and_infinities_pass_as_in_pytorch(
+    master: bool, backend: str, dtype: torch.dtype
+) -> None:
+    lora_dtype = torch.float32 if master else dtype
+    x, weight, bias, lora_a, lora_b = inputs((6,), 8, 9, 2, dtype=dtype, lora_dtype=lora_dtype)
     x[1, 2], x[2, 3], x[3, 4] = float("nan"), float("inf"), -float("inf")
-    grad = torch.randn(6, 9).bfloat16()
+    grad = torch.randn(6, 9).to(dtype)
     grad[4, 0], grad[5, 1] = float("inf"), float("nan")
     with ops.backend(backend, strict=True):
         ours = oracle.output_and_gradients(
