@@ -309,6 +309,7 @@ def test_native_in_any_shape(
     [
         ((1, 4, 1, 70001), 2),  # more than 2^16 rows of channels last, channels cut in pieces
         ((1, 6, 3, 23333), 1),
+        ((16411, 8, 1, 4), 4),  # more than 2^16 groups
         ((2, 1300, 3, 5), 13),  # wide groups
         ((1, 2048, 1, 1), 32),
     ],

@@ -157,6 +157,32 @@ def test_large_means_leave_the_deviation(layout: str) -> None:
     torch.testing.assert_close(rstd.double(), true_rstd, rtol=1e-4, atol=0)
 
 
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NumPy's, of what is not finite
+@pytest.mark.parametrize("form", ["whole", "sliced"])
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_nan_and_infinities_spread_as_in_torch(
+    layout: str, form: str, request: pytest.FixtureRequest
+) -> None:
+    if form == "sliced":
+        request.getfixturevalue("sliced")
+
+    def theirs(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
+        return F.silu(torch.group_norm(x, 2, w, b))
+
+    for place, value in [(0, "nan"), (0, "inf"), (2, "-inf"), (3, "nan")]:
+        x, grad = (laid_out(torch.randn(2, 4, 2, 5), layout) for _ in range(2))
+        tensors = [x, torch.randn(4), torch.randn(4), grad]
+        tensors[place][(1,) * tensors[place].dim()] = float(value)
+        leaves = tensors[:3]
+        with ops.backend("triton", strict=True):
+            ours = output_and_gradients(
+                lambda x, w, b: group_norm(x, 2, w, b, silu=True), leaves, grad
+            )
+        for own, plain in zip(ours, output_and_gradients(theirs, leaves, grad), strict=True):
+            assert torch.equal(own.isnan(), plain.isnan()), (place, value)
+            assert torch.equal(own.isinf(), plain.isinf()), (place, value)
+
+
 @pytest.mark.parametrize("shape", [(0, 8, 5, 3), (2, 8, 0, 3)])
 def test_nothing_is_no_error(shape: tuple[int, ...]) -> None:
     x = torch.zeros(shape, requires_grad=True)
