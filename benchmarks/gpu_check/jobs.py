@@ -19,6 +19,9 @@ Groups = Mapping[str, list[Case]]
 
 CHECKS = "checks"
 
+#: The group of whole models, which are no cases: benchmarks/gpu_check/network.py.
+NETWORK = "network"
+
 DTYPES = ("float32", "bfloat16", "float16")
 PHASES = ("forward", "backward")
 
@@ -85,7 +88,10 @@ def forms(case: Case, device: str) -> list[str]:
 
 
 def listed(found: Groups, device: str, dtypes: tuple[str, ...]) -> list[Job]:
-    """All checks, then all timings: in bfloat16 alone; in the first dtype where that is out."""
+    """All checks, then all timings: in bfloat16 alone; in the first dtype where that is out.
+
+    Whole models are checked after the operators.
+    """
     jobs = [
         Job("check", CHECKS, case.operator, case.name, dtype, form)
         for case in found[CHECKS]
@@ -93,6 +99,7 @@ def listed(found: Groups, device: str, dtypes: tuple[str, ...]) -> list[Job]:
         for form in forms(case, device)
         if getattr(torch, dtype) in case.dtypes
     ]
+    jobs += [Job("check", NETWORK, "accelerate", "bundled UNet + VAE", d, "auto") for d in dtypes]
     timed = "bfloat16" if "bfloat16" in dtypes else dtypes[0]
     for group, cases in found.items():
         if group == CHECKS:

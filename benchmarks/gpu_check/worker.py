@@ -11,9 +11,10 @@ from multiprocessing.connection import Connection
 from typing import TextIO
 
 from benchmarks.cases.protocol import Case
+from benchmarks.gpu_check import network
 from benchmarks.gpu_check.checking import check
 from benchmarks.gpu_check.device import DEVICES, Device
-from benchmarks.gpu_check.jobs import Groups, Job, Outcome, find, load
+from benchmarks.gpu_check.jobs import NETWORK, Groups, Job, Outcome, find, load
 from benchmarks.gpu_check.measuring import measure
 from rewardprop_fast.errors import ConfigError
 
@@ -33,9 +34,18 @@ def serve(connection: Connection, device_type: str, source: str, notes: str) -> 
     groups = load(source)
     with open(notes, "w", encoding="utf-8") as file:
         connection.send("ready")
-        while (message := connection.recv()) is not None:
+        while (message := _next(connection)) is not None:
             seconds, job = message
             connection.send(_answer(job, groups, device, seconds, file))
+
+
+def _next(connection: Connection) -> tuple[float, Job] | None:
+    """None where the other end is closed: there is no more to do."""
+    try:
+        message: tuple[float, Job] = connection.recv()
+    except EOFError:
+        return None
+    return message
 
 
 def _answer(
@@ -53,6 +63,8 @@ def _answer(
 def do(job: Job, groups: Groups, device: Device) -> tuple[Outcome, bool]:
     """The outcome, whatever happens, and whether this process can go on."""
     try:
+        if job.group == NETWORK:
+            return network.check(job, device), True
         return _KINDS[job.kind](find(groups, job), job, device), True
     except ConfigError as error:  # the backend that was asked for is not legal here
         return Outcome(job, "not here", _cannot(error)), True

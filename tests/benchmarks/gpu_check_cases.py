@@ -14,6 +14,7 @@ from benchmarks.cases import check_cases
 from benchmarks.cases.geglu import GegluLayer, case
 from benchmarks.cases.protocol import Case
 from benchmarks.gpu_check.jobs import CHECKS, Groups
+from rewardprop_fast import ops
 
 _ELEMENTS = 3000  # what the interpreter does in no time
 
@@ -42,6 +43,8 @@ def bad() -> Groups:
         "has no memory": _has_no_memory,
         "leaves NaN": _leaves_nan,
         "is wrong": _is_wrong,
+        "is wrong from strides": _is_wrong_from_strides,
+        "fails from strides": _fails_from_strides,
         "is wrong the second time": _Changing(),
     }
     checks = [replace(good, name=name, call=call) for name, call in calls.items()]
@@ -49,6 +52,11 @@ def bad() -> Groups:
     rivals = {**good.baselines, "absent": _absent, "broken": _raises}
     timed = replace(good, name="timed", baselines=rivals)
     return {CHECKS: [first, *checks, last], "a network": [timed]}
+
+
+def silent() -> Groups:
+    """A form that makes numbers of what is none."""
+    return {CHECKS: [replace(case(GegluLayer((2, 3, 256))), name="hides NaN", call=_hides_nan)]}
 
 
 def unable() -> Groups:
@@ -86,6 +94,23 @@ def _leaves_nan(x: Tensor) -> Tensor:
 
 def _is_wrong(x: Tensor) -> Tensor:
     return _product(x) * 1.001
+
+
+def _is_wrong_from_strides(x: Tensor) -> Tensor:
+    return _product(x) * (1.0 if x.is_contiguous() else 1.001)
+
+
+def _fails_from_strides(x: Tensor) -> Tensor:
+    if not x.is_contiguous():
+        raise RuntimeError("a fault of strides")
+    return _product(x)
+
+
+def _hides_nan(x: Tensor) -> Tensor:
+    """But for the reference, which it is compared with."""
+    out = ops.geglu(x)
+    chosen = ops.explain(ops.OPERATORS["geglu"], x)
+    return out if chosen.startswith("reference") else out.nan_to_num()
 
 
 class _Changing:

@@ -56,6 +56,9 @@ def test_every_operator_and_form_goes_through(tmp_path: Path) -> None:
         if "triton" in [form.backend for form in operator.implementations]:
             assert (name, "triton") in passed
         assert f"### {name}, bfloat16" in page
+    networks = [row for row in report["rows"] if row["operator"] == "accelerate"]
+    assert [row["dtype"] for row in networks] == ["float32", "bfloat16"]
+    assert all(0 < row["error_over_eager"] <= 2 for row in networks)
     timed = [row for row in report["rows"] if row["kind"] == "time" and row["status"] == "passed"]
     for row in timed:
         for phase in ("forward", "backward"):
@@ -77,6 +80,8 @@ def test_every_fault_is_a_row_and_the_next_job_runs(tmp_path: Path) -> None:
         "has no memory": "out of memory",
         "leaves NaN": "wrong",
         "is wrong": "wrong",
+        "is wrong from strides": "wrong",
+        "fails from strides": "wrong",
         "is wrong the second time": "passed",  # of the reference the same bits are not asked
         "last": "passed",
     }
@@ -86,6 +91,8 @@ def test_every_fault_is_a_row_and_the_next_job_runs(tmp_path: Path) -> None:
     assert "_hangs" in checks["hangs"]["message"]
     assert "not finite" in checks["leaves NaN"]["message"]
     assert "allowed" in checks["is wrong"]["message"]
+    assert "with strided inputs: error" in checks["is wrong from strides"]["message"]
+    assert "strided inputs: RuntimeError: a fault" in checks["fails from strides"]["message"]
     timed = {row["variant"]: row["status"] for row in report["rows"] if row["kind"] == "time"}
     assert timed == {
         "baseline eager": "passed",
@@ -93,7 +100,7 @@ def test_every_fault_is_a_row_and_the_next_job_runs(tmp_path: Path) -> None:
         "baseline broken": "error",
     }
     failed = sum(row["failed"] for row in report["rows"])
-    assert failed == 6  # the broken baseline is not this library's
+    assert failed == 8  # the broken baseline is not this library's
     assert f"**{failed} failures of this library**" in page
     assert "a fault \\| of its own<br>" in page
     assert "no module named 'absent'" in page
@@ -109,6 +116,16 @@ def test_the_same_bits_are_asked_of_own_forms(tmp_path: Path) -> None:
     assert "differs from run to run" in report["rows"][0]["message"]
     assert report["rows"][0]["same_bits"] is False
     assert 5 <= report["rows"][0]["runs"] <= 100
+
+
+def test_a_form_that_hides_nan_is_found(tmp_path: Path) -> None:
+    code, report, _ = run(tmp_path, "silent", "--dtypes", "float32", "--only", "geglu.*native")
+    if not report["rows"] or report["rows"][0]["status"] == "not here":
+        pytest.skip("the native module is not built")
+    assert code == 1
+    (row,) = report["rows"]
+    assert row["message"].startswith("output 0: nan in x spreads otherwise than in the reference")
+    assert "inf in x" in row["message"]
 
 
 def test_a_worker_that_does_not_start_ends_it_with_what_there_is(
