@@ -13,7 +13,7 @@ import torch
 from rewardprop_fast.cli.common import config_file
 from rewardprop_fast.errors import ConfigError, ModelError
 from rewardprop_fast.memory.devices import Device, find_device
-from rewardprop_fast.memory.planner import Limits, Residency
+from rewardprop_fast.memory.planner import Limits, Residency, limits_on
 from rewardprop_fast.memory.sizes import format_bytes, parse_bytes
 from rewardprop_fast.methods import METHODS, AlignProp, DRaFT, DRTune, Method
 from rewardprop_fast.training.config import (
@@ -112,17 +112,9 @@ def _limits(args: Namespace, budget: int | None, card: Device) -> Limits:
             f"{given} with --card {card.name} would move memory to where it is; leave it out, or "
             "name a graphics card."
         )
-    residencies: dict[str, tuple[Residency, ...]] = {
-        "auto": ("all", "phases") if card.arch else ("all",)
-    }
-    return Limits(
-        budget,
-        to_host=card.download,
-        to_device=card.upload,
-        offload=args.offload,
-        residencies=residencies.get(args.residency, (args.residency,)),
-        apart=bool(card.arch),
-    )
+    residencies: dict[str, tuple[Residency, ...]] = {"auto": ("all", "phases")}
+    asked = residencies.get(args.residency, (args.residency,))
+    return limits_on(card, budget, args.offload, asked)
 
 
 def _card(name: str) -> Device:

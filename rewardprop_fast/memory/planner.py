@@ -9,7 +9,7 @@ residency of weights are few, and are gone through one by one.
 from __future__ import annotations
 
 from rewardprop_fast.errors import ConfigError
-from rewardprop_fast.memory.planning.limits import Limits, Residency
+from rewardprop_fast.memory.planning.limits import Limits, Residency, limits_on
 from rewardprop_fast.memory.planning.planned import Planned
 from rewardprop_fast.memory.planning.program import MARGIN, Program
 from rewardprop_fast.memory.planning.seconds import least_seconds
@@ -17,7 +17,7 @@ from rewardprop_fast.memory.planning.variables import Variables
 from rewardprop_fast.memory.profile import Profile
 from rewardprop_fast.memory.sizes import format_bytes
 
-__all__ = ["BudgetError", "Limits", "Planned", "Planner", "Residency", "make_plan"]
+__all__ = ["BudgetError", "Limits", "Planned", "Planner", "Residency", "limits_on", "make_plan"]
 
 #: How far the chosen extra time may lie above the least there is: the extra is a tenth of a step.
 GAP = 0.01

@@ -18,8 +18,7 @@ from rewardprop_fast.errors import ConfigError
 from rewardprop_fast.memory import Offloader, policy
 from rewardprop_fast.memory.devices import Device, find_device
 from rewardprop_fast.memory.plan import Plan
-from rewardprop_fast.memory.planner import Limits
-from rewardprop_fast.memory.planner import Residency as Residence
+from rewardprop_fast.memory.planner import limits_on
 from rewardprop_fast.memory.profile import CHAIN_BEGINS, CHAIN_PHASES, TAIL_PHASES
 from rewardprop_fast.memory.residency import Residency
 from rewardprop_fast.memory.scheduling import Backend
@@ -69,12 +68,7 @@ def make(
         budget = available(device, gradient_steps_of(config), pipe, reward)
     else:
         budget = parse_bytes(setting)
-    if device.type == "cuda":
-        card = _card(device)
-        residencies: tuple[Residence, ...] = ("all", "phases")
-        limits = Limits(budget, card.download, card.upload, True, residencies)
-    else:
-        card, limits = find_device("cpu"), Limits(budget, apart=False)
+    card = _card(device) if device.type == "cuda" else find_device("cpu")
     try:
         dry = DryRun.of_pipeline(pipe, reward, replace(config, device=device.type))
         profiled = make_profile(dry, card)
@@ -84,7 +78,7 @@ def make(
             f"does not run on tensors without values: {error}. Give memory_budget a plan's file "
             "(`rewardprop plan --output plan.json`), or leave it out."
         ) from error
-    return plan_for(dry, profiled, limits).plan
+    return plan_for(dry, profiled, limits_on(card, budget)).plan
 
 
 def available(device: torch.device, gradient_steps: int, *there: Any) -> int:

@@ -134,7 +134,7 @@ class DryRun:
 
     @cached_property
     def optimizer(self) -> LoRAOptimizer | None:
-        """After its first update; None where it is in host memory, apart from the device's."""
+        """As after an update; None where it is in host memory, apart from the device's."""
         if self.config.optimizer.offload and self._on_card:
             return None
         names = {str(number): parameter for number, parameter in enumerate(self.trained)}
@@ -143,8 +143,11 @@ class DryRun:
             for group in found.adamw.param_groups:
                 group["foreach"] = self._on_card  # PyTorch's default there; fake tensors hide it
             for parameter in self.trained:
-                parameter.grad = torch.empty_like(parameter)
-            found.update(0)
+                found.adamw.state[parameter] = {
+                    "step": torch.tensor(1.0),
+                    "exp_avg": torch.empty_like(parameter),
+                    "exp_avg_sq": torch.empty_like(parameter),
+                }
         return found
 
     @property

@@ -201,11 +201,9 @@ def make_profile(dry: DryRun, device: Device) -> Profile:
     """What every part of the step costs in bytes and, on ``device``, seconds."""
     engine, meter = dry.engine, dry.meter(device)
 
-    updates = iter([True])  # once will do: no choice changes it
-
     def step(k: int, prefix: int, watch: Callable[[str], AbstractContextManager[None]]) -> None:
         engine.watch = watch
-        dry.step(k, prefix, next(updates, False))
+        dry.step(k, prefix, update=prefix > 0)  # no choice changes it, as it does not the prefix
 
     found = profile(
         Networks(engine.pipe.unet, engine.pipe.vae, engine.reward, dry.mode),

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from rewardprop_fast.training.config import OptimizerConfig
 
-_STATE = ("step", "exp_avg", "exp_avg_sq")
+_MOMENTS = ("exp_avg", "exp_avg_sq")
+_STATE = ("step", *_MOMENTS)
 
 
 def learning_rate(config: OptimizerConfig, step: int, steps: int) -> float:
@@ -136,9 +137,8 @@ class LoRAOptimizer:
 
     def held(self) -> list[Tensor]:
         """What it keeps of a parameter's size: the moments, and the average where one is kept."""
-        states = self.adamw.state.values()
-        moments = [state[key] for state in states for key in ("exp_avg", "exp_avg_sq")]
-        return moments + list((self.average or {}).values())
+        moments = [state[key] for state in self.adamw.state.values() for key in _MOMENTS]
+        return [*moments, *(self.average or {}).values()]
 
     def load(self, groups: Mapping[str, Mapping[str, Tensor]]) -> None:
         """Take back what `state` gave. Raises KeyError where a parameter is missing."""

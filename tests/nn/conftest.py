@@ -11,10 +11,10 @@ import pytest
 import torch
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 
-from benchmarks.gpu_check.network import fill
 from rewardprop_fast import lora
 from rewardprop_fast.models import load_bundled
 from rewardprop_fast.models.random_init import tiny_stable_diffusion, tiny_stable_diffusion_xl
+from tests.nn.passes import fill
 
 KINDS = ("bundled", "sd1", "sd2", "sdxl")
 

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 
 import rewardprop_fast as rpf
-from benchmarks.gpu_check.network import cast, outputs, with_gradients
 from rewardprop_fast.errors import ModelError
 from rewardprop_fast.nn import table
 from tests.nn.conftest import KINDS
+from tests.nn.passes import cast, outputs, with_gradients
 from tests.ops import oracle
 
 

@@ -10,9 +10,9 @@ from diffusers.models.attention_processor import Attention, AttnProcessor, AttnP
 from torch import Tensor, nn
 
 import rewardprop_fast as rpf
-from benchmarks.gpu_check.network import outputs
 from rewardprop_fast import ops
 from rewardprop_fast.nn import blocks
+from tests.nn.passes import outputs
 from tests.ops import oracle
 
 

@@ -13,9 +13,9 @@ from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from torch import Tensor, nn
 
 import rewardprop_fast as rpf
-from benchmarks.gpu_check.network import fill, outputs, with_gradients
 from rewardprop_fast import lora, ops
 from rewardprop_fast.nn.lora import FastLoraLinear
+from tests.nn.passes import fill, outputs, with_gradients
 from tests.ops import oracle
 
 

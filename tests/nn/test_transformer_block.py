@@ -12,9 +12,9 @@ from diffusers.models.attention_processor import AttnProcessor2_0
 from torch import Tensor
 
 import rewardprop_fast as rpf
-from benchmarks.gpu_check.network import fill
 from rewardprop_fast import lora
 from rewardprop_fast.nn.blocks import FastBasicTransformerBlock
+from tests.nn.passes import fill
 
 PARTS = ("self_attention", "cross_attention", "feed_forward")
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from rewardprop_fast.memory.devices import Device
+
 Residency = Literal["all", "phases"]
 
 
@@ -28,3 +30,15 @@ class Limits:
     residencies: tuple[Residency, ...] = ("all",)
     slack: float = 0.0
     apart: bool = True
+
+
+def limits_on(
+    device: Device,
+    budget: int | None,
+    offload: bool = True,
+    residencies: tuple[Residency, ...] = ("all", "phases"),
+) -> Limits:
+    """What a plan may do on a device; on a CPU, whose memory is the host's, it moves nothing."""
+    if not device.arch:
+        return Limits(budget, apart=False)
+    return Limits(budget, device.download, device.upload, offload, residencies)
