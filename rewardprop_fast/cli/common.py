@@ -67,11 +67,10 @@ def enclosing_run(path: Path) -> RunConfig | None:
     return None
 
 
-def sampling_of(path: Path) -> SamplingConfig | None:
+def sampling_of(path: Path, run: RunConfig | None) -> SamplingConfig | None:
     """How the LoRA at `path` was sampled while it was trained: its run knows, or its header."""
     from rewardprop_fast.training import lora_header
 
-    run = enclosing_run(path)
     if run is not None:
         return run.train.sampling
     try:

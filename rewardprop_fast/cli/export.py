@@ -68,7 +68,7 @@ def run(args: Namespace) -> int:
     run = enclosing_run(source)
     try:
         model, what = _read(source, args.model, run)
-        sampling = sampling_of(source)
+        sampling = sampling_of(source, run)
         metadata = None if sampling is None else lora_header.header(sampling)
         dtype = getattr(torch, args.dtype)
         written = lora.save_lora(model, output, formats, dtype=dtype, metadata=metadata)

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from argparse import Namespace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rewardprop_fast.cli.parsing import add_verb
 from rewardprop_fast.errors import ConfigError, ExportError
 from rewardprop_fast.training import run_files
+
+if TYPE_CHECKING:
+    from rewardprop_fast.training.config import ModelConfig
 
 _MORE = """\
 Each LoRA is a file, its folder or a finished run, with its weight behind a
@@ -41,7 +44,7 @@ def run(args: Namespace) -> int:
     """Read, mix, write."""
     parts = [parse(text) for text in args.loras]
     from rewardprop_fast import lora
-    from rewardprop_fast.cli.common import sampling_of
+    from rewardprop_fast.cli.common import enclosing_run, sampling_of
     from rewardprop_fast.lora.export import DIFFUSERS_FILE, KOHYA_FILE
     from rewardprop_fast.training import lora_header
 
@@ -54,7 +57,8 @@ def run(args: Namespace) -> int:
         raise ExportError(
             f"{', '.join(present)} would be overwritten. Give another --out, or --overwrite."
         )
-    model = _skeleton(args.model, [path for path, _ in parts])
+    runs = [enclosing_run(path) for path, _ in parts]
+    model = _skeleton(args.model, [run.model for run in runs if run is not None])
     layers = lora.mix([(lora.read(model, path), weight) for path, weight in parts])
     ranks = {layer.rank for layer in layers.values()}
     lines = [f"{weight:g} x {path}" for path, weight in parts]
@@ -68,7 +72,8 @@ def run(args: Namespace) -> int:
         )
     lora.put(model, layers)
     # as all say that say anything, or the default of whoever draws with it
-    said = {one for path, _ in parts if (one := sampling_of(path)) is not None}
+    known = [sampling_of(path, run) for (path, _), run in zip(parts, runs, strict=True)]
+    said = {one for one in known if one is not None}
     metadata = lora_header.header(said.pop()) if len(said) == 1 else None
     if len(said) > 1:
         lines.append("trained with different sampling settings: sample will use its own defaults")
@@ -105,23 +110,21 @@ def find(path: Path) -> Path:
     return path / run_files.LORA if (path / run_files.LORA).is_dir() else path
 
 
-def _skeleton(model: str | None, paths: list[Path]) -> Any:
-    """The shapes of what the LoRAs were trained on."""
-    from rewardprop_fast.cli.common import enclosing_run
+def _skeleton(model: str | None, trained: list[ModelConfig]) -> Any:
+    """The shapes of the model that is named, or of what the LoRAs' runs trained."""
     from rewardprop_fast.models.skeleton import load_skeleton
 
     if model is not None:
         return load_skeleton(model)
-    runs = [run.model for run in map(enclosing_run, paths) if run is not None]
-    models = sorted({one.path for one in runs})
+    models = sorted({one.path for one in trained})
     if len(models) > 1:
         raise ConfigError(
             f"The runs trained different models, {' and '.join(models)}; their LoRAs do not mix. "
             "If these are copies of one model, name it with --model."
         )
-    if not runs:
+    if not trained:
         return load_skeleton("bundled")
-    first = runs[0]
+    first = trained[0]
     return load_skeleton(
         first.path, revision=first.revision, local_files_only=first.local_files_only
     )

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 from rewardprop_fast.cli.mix import find
 from rewardprop_fast.cli.parsing import add_verb
 from rewardprop_fast.errors import ConfigError
-from rewardprop_fast.training import run_files
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -85,10 +84,10 @@ def run(args: Namespace) -> int:
     chosen = load_prompts(args.prompts_file or args.prompts).prompts
     prompts = [prompt for prompt in chosen for _ in range(args.count)]
     ends = [find(Path(one).expanduser()) for one in args.interpolate or ()]
-    lora = None if args.lora is None else _lora(Path(args.lora).expanduser())
+    lora = None if args.lora is None else find(Path(args.lora).expanduser())
     known = ends[0] if ends else lora
     run = None if known is None else enclosing_run(known)
-    config = _config(args, None if known is None else sampling_of(known))
+    config = _config(args, None if known is None else sampling_of(known, run))
     model = args.model or (run.model.path if run else "bundled")
 
     console = Console()
@@ -135,13 +134,6 @@ def _check(args: Namespace) -> None:
             problems.append(f"--{name.replace('_', '-')} is {getattr(args, name)}; at least 1")
     if problems:
         raise ConfigError("; ".join(problems) + ". `rewardprop sample --help` has examples.")
-
-
-def _lora(path: Path) -> Path:
-    """The LoRA of a run's folder, or the path itself."""
-    if not path.exists():
-        raise ConfigError(f"--lora is {path}, which does not exist. Give a LoRA file or a run.")
-    return path / run_files.LORA if (path / run_files.LORA).is_dir() else path
 
 
 def _config(args: Namespace, known: SamplingConfig | None) -> TrainConfig:

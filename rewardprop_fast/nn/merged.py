@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 _ATTRIBUTE = "_rewardprop_merged"
 
@@ -72,6 +72,12 @@ def merged_lora(unet: Any) -> Iterator[None]:
     finally:
         for found in entered:
             found.active = False
+
+
+def drop_merged(network: nn.Module) -> None:
+    """Free the merged weights that `merged_lora` left in a network's layers."""
+    for layer in network.modules():
+        vars(layer).pop(_ATTRIBUTE, None)
 
 
 @torch.no_grad()

@@ -19,6 +19,7 @@ from rewardprop_fast import ops
 from rewardprop_fast.errors import ModelError
 from rewardprop_fast.nn.layers import AbsorbedSiLU, FastGroupNormSiLU
 from rewardprop_fast.nn.legality import has_hooks
+from rewardprop_fast.nn.merged import drop_merged
 from rewardprop_fast.nn.table import (
     ABSORPTIONS,
     ORIGINALS,
@@ -83,7 +84,7 @@ def accelerate(model: Any) -> Report:
 
 
 def restore(model: Any) -> int:
-    """Undo `accelerate`: every module is of its original class again, packed weights are freed.
+    """Undo `accelerate`: all modules are of their old classes; packed and merged weights are freed.
 
     Returns:
         The number of modules changed back.
@@ -99,6 +100,7 @@ def restore(model: Any) -> int:
                 module.__class__ = original
                 count += 1
         ops.drop_packs(root)
+        drop_merged(root)
     return count
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from rewardprop_fast import lora, nn, ops
 from rewardprop_fast.errors import ConfigError
+from rewardprop_fast.nn.merged import Merged
 from rewardprop_fast.rollout.graph import Strict
 from rewardprop_fast.training.config import RolloutConfig, TrainConfig
 from tests.memory.conftest import make_pipeline
@@ -115,6 +116,22 @@ def test_captured_steps_are_told_apart() -> None:
     double(pipe.unet)  # in place, as an optimizer: what was captured holds on
     merging = replace(sampler, merge_lora=True)
     assert torch.equal(prefix(replace(merging, graphs=strict), x), prefix(merging, x))
+
+
+def test_restoring_a_network_frees_its_merged_weights() -> None:
+    pipe = make_pipeline()
+    prefix(replace(sampler_of(pipe), merge_lora=True), latents(pipe))
+
+    def copies() -> int:
+        return sum(
+            isinstance(value, Merged)
+            for layer in pipe.unet.modules()
+            for value in vars(layer).values()
+        )
+
+    assert copies() > 0
+    nn.restore(pipe.unet)
+    assert copies() == 0
 
 
 def test_it_takes_the_librarys_operators() -> None:
