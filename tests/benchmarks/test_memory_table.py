@@ -70,4 +70,6 @@ FORESEEN = [row for row in REAL if "estimated_peak" in row]
 def test_a_real_step_was_foreseen(row: dict[str, Any]) -> None:
     assert row["tracked_peak"] == pytest.approx(row["estimated_peak"], rel=1e-3)
     if (row["model"], row["size"]) == ("sd15", 256):
-        assert row["resident_growth"] == pytest.approx(row["estimated_growth"], rel=0.1)
+        # rows of before oneDNN's passing copies were counted have the tensors' growth alone
+        wanted = row["expected_growth" if "expected_growth" in row else "estimated_growth"]
+        assert row["resident_growth"] == pytest.approx(wanted, rel=0.1)
