@@ -12,6 +12,7 @@ from torch import Tensor
 from rewardprop_fast.methods.ddpo import DDPO
 from rewardprop_fast.models import decode
 from rewardprop_fast.randomness import Draws
+from rewardprop_fast.rollout import Sampler
 from rewardprop_fast.training.engine import Engine, StepResult
 from rewardprop_fast.training.regularisation import DistanceToBase
 from rewardprop_fast.training.timing import PhaseTimer
@@ -27,13 +28,14 @@ class Sampled:
         result: as of any method; the loss and the penalties are those of the gradients added last.
         trajectory: x_T ... x_0, (T + 1, B, 4, h, w), in host memory.
         log_probabilities: under the weights that drew it, (T, B).
+        clipped: the share of ratios that were beyond the clip range, () float64; None before.
     """
 
     result: StepResult
     draws: Draws
     trajectory: Tensor
     log_probabilities: Tensor
-    clipped: float = 0.0
+    clipped: Tensor | None = None
 
 
 class RewardHistory:
@@ -109,32 +111,15 @@ class PolicyGradient:
         engine, draws = self.engine, sampled.draws
         timer = PhaseTimer(engine.device, engine.watch)
         sampler = engine.sampler(sampled.result.prompts, draws, timer)
-        guided = sampler.conditioning.guided
-        sigmas = engine.schedule.coefficients[:, 2]
-        # a step without noise of its own has no density
-        steps = [i for i, sigma in enumerate(sigmas.tolist()) if sigma > 0]
+        steps = self._actions()
         loss = kl = torch.zeros((), dtype=engine.dtype, device=engine.device)
-        clipped = 0.0
+        clipped = loss.double()
         for i in steps:
-            unet: Any = sampler.unet
-            if engine.config.kl_coeff:
-                unet = DistanceToBase(unet, sampler.guidance_scale if guided else None)
-            x, action = (state.to(engine.device) for state in sampled.trajectory[i : i + 2])
-            # without its noise, a step leads to the mean
-            mean = replace(sampler, unet=unet, noise=None).run(x, i, i + 1, gradients=True)
-            now = self.method.log_probability(action, mean, sigmas[i])
-            then = sampled.log_probabilities[i]
-            one = self.method.objective(now, then, advantages)
-            total = one
-            if engine.config.kl_coeff:
-                distance = unet.mean()
-                total = one + engine.config.kl_coeff * distance
-                kl = kl + distance.detach() / len(steps)
-            with timer("backward"):
-                (total * (weight / len(steps))).backward()
-            loss = loss + one.detach() / len(steps)
-            beyond = ((now - then).exp() - 1).abs() > self.method.clip_range
-            clipped += float(beyond.double().mean()) / len(steps)
+            one, distance, beyond = self._descend(
+                sampler, sampled, i, advantages, weight / len(steps), timer
+            )
+            loss, kl = loss + one / len(steps), kl + distance / len(steps)
+            clipped = clipped + beyond / len(steps)
         penalties = {"kl": kl} if engine.config.kl_coeff else {}
         if engine.pretraining is not None:
             penalties["pretraining_loss"] = engine.pretrain(timer, draws, weight)
@@ -143,6 +128,47 @@ class PolicyGradient:
             seconds[name] = seconds.get(name, 0.0) + value
         result = replace(sampled.result, loss=loss, penalties=penalties, seconds=seconds)
         return replace(sampled, result=result, clipped=clipped)
+
+    def _actions(self) -> list[int]:
+        """Steps of the chain that have a density: those with noise of their own."""
+        sigmas = self.engine.schedule.coefficients[:, 2].tolist()
+        return [i for i, sigma in enumerate(sigmas) if sigma > 0]
+
+    def _descend(
+        self,
+        sampler: Sampler,
+        sampled: Sampled,
+        i: int,
+        advantages: Tensor,
+        weight: float,
+        timer: PhaseTimer,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Add the gradient of step i; of it nothing else is left.
+
+        Returns:
+            The objective, the distance to the base model (0 where it is not asked for), and the
+            share of ratios beyond the clip range; () each, without their graphs.
+        """
+        engine = self.engine
+        unet: Any = sampler.unet
+        if engine.config.kl_coeff:
+            guided = sampler.conditioning.guided
+            unet = DistanceToBase(unet, sampler.guidance_scale if guided else None)
+        x, action = (state.to(engine.device) for state in sampled.trajectory[i : i + 2])
+        # without its noise, a step leads to the mean
+        mean = replace(sampler, unet=unet, noise=None).run(x, i, i + 1, gradients=True)
+        sigma = engine.schedule.coefficients[i, 2]
+        now = self.method.log_probability(action, mean, sigma)
+        then = sampled.log_probabilities[i]
+        total = one = self.method.objective(now, then, advantages)
+        distance = torch.zeros_like(one)
+        if engine.config.kl_coeff:
+            distance = unet.mean()
+            total = one + engine.config.kl_coeff * distance
+        with timer("backward"):
+            (total * weight).backward()
+        beyond = ((now - then).exp() - 1).abs() > self.method.clip_range
+        return one.detach(), distance.detach(), beyond.double().mean()
 
     def step(
         self,

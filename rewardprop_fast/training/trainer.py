@@ -352,7 +352,8 @@ class RewardPropTrainer:
             if self.memory is not None:
                 self.memory.reset()
             raise
-        clipped = sum(one.clipped for one in sampled) / len(sampled)
+        shares = [float(one.clipped) for one in sampled if one.clipped is not None]
+        clipped = sum(shares) / len(shares)
         return [one.result for one in sampled], norm, rate, {"clipped": clipped}
 
     def _row(self, results: Sequence[StepResult], norm: float, rate: float) -> dict[str, Any]:
