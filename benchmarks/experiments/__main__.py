@@ -26,10 +26,12 @@ from pathlib import Path
 
 from benchmarks.experiments import (
     collapse,
+    endpoints,
     generalisation,
     methods,
     mixing,
     overoptimisation,
+    policy_gradient,
     ranks,
     tables,
     time_to_reward,
@@ -44,8 +46,10 @@ EXPERIMENTS = {
     "truncation": truncation,
     "time_to_reward": time_to_reward,
     "variance": variance,
+    "endpoints": endpoints,
     "collapse": collapse,
     "methods": methods,
+    "policy_gradient": policy_gradient,
     "generalisation": generalisation,
     "overoptimisation": overoptimisation,
     "ranks": ranks,

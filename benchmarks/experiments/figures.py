@@ -112,3 +112,28 @@ def curves(
 def last(rows: Rows) -> list[Mapping[str, str]]:
     """The last row of each seed, of rows of one variant."""
     return [group[-1] for group in by(rows, "seed").values()]
+
+
+def by_images_and_time(
+    rows: Rows, variants: Sequence[str], path: Path, *, logarithmic: bool
+) -> None:
+    """Rewards and alignment against the images drawn (above) and the time taken (below).
+
+    Args:
+        logarithmic: axes of images and time, for runs of very different lengths; what was before
+            the first update is left out then.
+    """
+    if not any(row["variant"] in variants for row in rows):
+        return
+    if logarithmic:
+        rows = [row for row in rows if row["step"] != "0"]
+    plt = pyplot()
+    figure, axes = plt.subplots(2, 3, figsize=(9.5, 5.2), layout="constrained")
+    for line, x in zip(axes, ("samples", "cpu_seconds"), strict=True):
+        for axis, y in zip(line, ("reward", "heldout", "alignment"), strict=True):
+            curves(axis, rows, variants, x, y)
+            if logarithmic:
+                axis.set_xscale("log")
+    handles, labels = axes[0][0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels))
+    save(figure, path)

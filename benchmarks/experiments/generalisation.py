@@ -20,7 +20,7 @@ KNOWN = (
 GAUGES = ("reward", "heldout", "alignment", "recognised")
 NEW = ("white", "grey", "black", "dark blue", "dark green", "purple", "teal", "sky blue")
 SEEN = ("pale blue", "pale pink", "pale yellow", "pale green", "lavender", "peach")
-VARIANTS = ("draft-1",)
+VARIANTS = ("draft-1", "draft-lv", "alignprop", "refl", "drtune", "srpo")
 
 
 def prompt_sets(images: int) -> dict[str, list[str]]:
@@ -45,14 +45,15 @@ def run(context: Context) -> None:
     store = context.store("generalisation", "variant", "seed", "settings")
     for seed in context.seeds:
         for variant in ("base", *VARIANTS):
-            state, settings = None, "base"
-            if variant != "base":
-                one = context.brief(variant, seed)
-                context.do("brief", one)
-                state, settings = context.adapter(one), one.fingerprint
+            one = None if variant == "base" else context.brief(variant, seed)
+            settings = one.fingerprint if one else "base"
             key = {"variant": variant, "seed": seed, "settings": settings}
             if store.find(**key):
                 continue
+            state = None
+            if one:
+                context.do("brief", one)
+                state = context.adapter(one)
             judged = {
                 name: context.judge.look(state, prompts, seed=30_000 + seed).gauges
                 for name, prompts in sets.items()

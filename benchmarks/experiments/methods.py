@@ -20,10 +20,4 @@ def plot(context: Context, folder: Path) -> None:
     rows = context.store("runs").rows()
     if all(row["variant"] in truncation.VARIANTS for row in rows):
         return
-    plt = figures.pyplot()
-    figure, axes = plt.subplots(1, 3, figsize=(9.5, 3.1), layout="constrained")
-    figures.curves(axes[0], rows, VARIANTS, "samples", "heldout")
-    figures.curves(axes[1], rows, VARIANTS, "cpu_seconds", "heldout")
-    figures.curves(axes[2], rows, VARIANTS, "cpu_seconds", "alignment")
-    axes[0].legend(loc="lower right")
-    figures.save(figure, folder / "methods.svg")
+    figures.by_images_and_time(rows, VARIANTS, folder / "methods.svg", logarithmic=True)

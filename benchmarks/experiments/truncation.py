@@ -74,12 +74,7 @@ def plot(context: Context, folder: Path) -> None:
     if not rows:
         return
     plt = figures.pyplot()
-    figure, axes = plt.subplots(1, 3, figsize=(9.5, 2.9), layout="constrained")
-    figures.curves(axes[0], rows, VARIANTS, "samples", "heldout")
-    figures.curves(axes[1], rows, VARIANTS, "cpu_seconds", "heldout")
-    figures.curves(axes[2], rows, VARIANTS, "samples", "alignment")
-    axes[0].legend(loc="lower right")
-    figures.save(figure, folder / "truncation.svg")
+    figures.by_images_and_time(rows, VARIANTS, folder / "truncation.svg", logarithmic=False)
     _plot_norms(context, rows, plt, folder)
 
 

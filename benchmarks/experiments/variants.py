@@ -12,6 +12,7 @@ TITLES = {
     "draft-5": "DRaFT-5",
     "draft-T": "DRaFT, all T",
     "draft-lv": "DRaFT-LV",
+    **{f"draft-lv-{n}": f"DRaFT-LV, n = {n}" for n in (1, 2, 4, 8)},
     "alignprop": "AlignProp",
     "refl": "ReFL",
     "drtune": "DRTune",
@@ -23,7 +24,9 @@ TITLES = {
 
 
 def method(name: str, size: Size) -> Method:
-    """A fresh method."""
+    """A fresh method; DRaFT-LV's n may stand behind its name."""
+    if name.startswith("draft-lv-"):
+        return rpf.DRaFTLV(int(name.removeprefix("draft-lv-")))
     makers = {
         "draft-1": lambda: rpf.DRaFT(1),
         "draft-2": lambda: rpf.DRaFT(2),
