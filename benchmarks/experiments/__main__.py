@@ -3,6 +3,7 @@
     python -m benchmarks.experiments truncation            (a) K steps with gradients
     python -m benchmarks.experiments time_to_reward        against TRL's trainer
     python -m benchmarks.experiments variance              (b) DRaFT-LV's gradient by n
+    python -m benchmarks.experiments endpoints             (b) reward by n
     python -m benchmarks.experiments collapse              (c) random K against fixed, long runs
     python -m benchmarks.experiments methods               (d) all methods
     python -m benchmarks.experiments generalisation        (e) prompts never trained on
@@ -31,7 +32,6 @@ from benchmarks.experiments import (
     methods,
     mixing,
     overoptimisation,
-    policy_gradient,
     ranks,
     tables,
     time_to_reward,
@@ -49,7 +49,6 @@ EXPERIMENTS = {
     "endpoints": endpoints,
     "collapse": collapse,
     "methods": methods,
-    "policy_gradient": policy_gradient,
     "generalisation": generalisation,
     "overoptimisation": overoptimisation,
     "ranks": ranks,

@@ -62,10 +62,10 @@ def run(context: Context) -> None:
             print(f"generalisation: {variant}, seed {seed}", flush=True)
 
 
-def gains(rows: figures.Rows, gauge: str) -> list[float]:
+def gains(rows: figures.Rows, variant: str, gauge: str) -> list[float]:
     """What training did on one set of prompts, seed by seed: the noise is the base model's."""
     base = {row["seed"]: float(row[gauge]) for row in rows if row["variant"] == "base"}
-    tuned = [row for row in rows if row["variant"] != "base"]
+    tuned = [row for row in rows if row["variant"] == variant]
     return [float(row[gauge]) - base[row["seed"]] for row in tuned]
 
 
@@ -74,15 +74,24 @@ def plot(context: Context, folder: Path) -> None:
     if not rows:
         return
     plt = figures.pyplot()
-    figure, axes = plt.subplots(1, 4, figsize=(10, 2.2), layout="constrained", sharey=True)
+    figure, axes = plt.subplots(1, 4, figsize=(10, 3.4), layout="constrained", sharey=True)
     groups = figures.by(rows, "prompts")
+    shown = [name for name in VARIANTS if any(row["variant"] == name for row in rows)]
     for axis, gauge in zip(axes, GAUGES, strict=True):
-        for i, group in enumerate(groups.values()):
-            numbers = gains(group, gauge)
-            axis.barh(i, figures.spread(numbers)[0], color=f"C{i}", alpha=0.6)
-            axis.plot(numbers, [i] * len(numbers), "k.", markersize=4)
+        for k, variant in enumerate(shown):
+            means, deviations = zip(
+                *(figures.spread(gains(group, variant, gauge)) for group in groups.values()),
+                strict=True,
+            )
+            places = [i + 0.12 * (k - (len(shown) - 1) / 2) for i in range(len(groups))]
+            axis.errorbar(
+                means, places, xerr=deviations, fmt="o", markersize=3, linewidth=0.8,
+                color=figures.COLOURS[variant], label=figures.TITLES[variant],
+            )  # fmt: skip
         axis.axvline(0, color="0.6", linewidth=0.8)
         axis.set_xlabel(f"change of {figures.LABELS[gauge]}")
     axes[0].set_yticks(range(len(groups)), list(groups))
     axes[0].invert_yaxis()
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels))
     figures.save(figure, folder / "generalisation.svg")

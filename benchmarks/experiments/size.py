@@ -19,7 +19,7 @@ class Size:
         rates: the learning rates of the search, `search` updates each.
         rollouts: of the gradients whose variance is measured.
         batches: of the gradients by depth.
-        ddpo: updates of DDPO, which takes four batches for one; `ddpo_long` of a long run of it.
+        ddpo: updates of DDPO, which takes four batches for one.
     """
 
     model: str = "bundled"
@@ -35,7 +35,6 @@ class Size:
     rollouts: int = 256
     batches: int = 2
     ddpo: int = 40
-    ddpo_long: int = 130
     dtype: str = "bfloat16"
     guidance: float = 4.0
     rank: int = 4
@@ -48,6 +47,6 @@ SMALL = Size(
 )  # fmt: skip
 QUICK = Size(
     model="tiny", steps=3, batch=2, updates=2, every=1, images=3, long=2, brief=1,
-    rates=(1e-3, 1e-2), search=1, rollouts=4, batches=1, ddpo=1, ddpo_long=2, dtype="float32",
+    rates=(1e-3, 1e-2), search=1, rollouts=4, batches=1, ddpo=1, dtype="float32",
 )  # fmt: skip
 SIZES = {"full": FULL, "small": SMALL, "quick": QUICK}

@@ -9,6 +9,7 @@ from benchmarks.experiments import (
     figures,
     generalisation,
     long_runs,
+    methods,
     overoptimisation,
     ranks,
     time_to_reward,
@@ -50,6 +51,23 @@ def ends(rows: Any, column: str = "variant") -> str:
     return "\n".join(lines)
 
 
+def against_ddpo(context: Context) -> str:
+    """How many times more images and seconds DDPO takes; least, middle and most of all pairs."""
+    rows = context.store("runs").rows()
+    lines = ["| DDPO takes times more of | to its best | pairs | least | median | most |"]
+    lines.append("|---|---|---:|---:|---:|---:|")
+    for unit in ("samples", "cpu_seconds"):
+        for gauge in ("reward", "heldout"):
+            for name, ratios in methods.factors(rows, gauge, unit).items():
+                if not ratios:
+                    continue
+                middle = statistics.median(ratios)
+                numbers = f"{min(ratios):.0f} | {middle:.0f} | {max(ratios):.0f}"
+                what = f"{unit}, against {figures.TITLES[name]}"
+                lines.append(f"| {what} | {gauge} | {len(ratios)} | {numbers} |")
+    return "\n".join(lines)
+
+
 def times(context: Context, level: float) -> str:
     """Seconds to a held-out reward."""
     lines = [f"| s of one core to {level:g} | runs that got there | mean ± sd |", "|---|---:|---:|"]
@@ -65,6 +83,9 @@ def show(context: Context) -> None:
     for name in ("runs", "trl"):
         if rows := context.store(name).rows():
             print(f"{name}\n{ends(rows)}\n")
+    if rows := context.store("endpoints").rows():
+        print(f"endpoints\n{ends(rows)}\n")
+    print(against_ddpo(context) + "\n")
     for level in (-2.0, time_to_reward.LEVEL):
         print(times(context, level) + "\n")
     for weights, group in figures.by(context.store("gradient_by_depth").rows(), "weights").items():
@@ -84,7 +105,9 @@ def show(context: Context) -> None:
         print(f"generalisation, {prompts}")
         for name, rows in figures.by(group, "variant").items():
             print(name, *words(rows, GAUGES))
-        print("gain", *(f"{g} {cell(generalisation.gains(group, g))}" for g in GAUGES))
+            if name != "base":
+                changes = (f"{g} {cell(generalisation.gains(group, name, g))}" for g in GAUGES)
+                print("  change", *changes)
     for name, group in figures.by(context.store(long_runs.TABLE).rows(), "variant").items():
         for step, rows in figures.by(group, "step").items():
             print(f"long, {name}, update {step}:", *words(rows, (*GAUGES, "drift")))
