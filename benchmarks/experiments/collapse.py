@@ -38,7 +38,7 @@ def strip(context: Context, path: Path) -> None:
     """Rows of the first seed's images: the base model's, then each variant's at the end."""
     found = [long_runs.images(context, name, context.seeds[0]) for name in VARIANTS]
     if any(one is None for one in found):
-        return
+        return long_runs.missing_strip(path, "collapse")
     ends = [list(one.values()) for one in found if one is not None]
     rows = torch.stack([ends[0][0], *(one[-1] for one in ends)])
     long_runs.write_strip(list(rows.transpose(0, 1)), path)

@@ -63,6 +63,11 @@ def _step(item: tuple[str, Tensor]) -> int:
     return int(item[0])
 
 
+def missing_strip(path: Path, experiment: str) -> None:
+    """Say that a strip was not drawn, and what draws it."""
+    print(f"{path.name}: not drawn, its images are not here; `{experiment}` trains the runs anew")
+
+
 def write_strip(columns: list[Tensor], path: Path) -> None:
     """Columns of images, (N, 3, H, W) each, as a small JPEG."""
     from PIL import Image

@@ -128,3 +128,6 @@ def plot(context: Context, folder: Path) -> None:
     if path.is_file():
         for name, columns in load_file(path).items():
             long_runs.write_strip(list(columns.float()), folder / f"{name}.jpg")
+    else:
+        for name in ("strength", "interpolation"):
+            long_runs.missing_strip(folder / f"{name}.jpg", "mixing")

@@ -85,3 +85,5 @@ def plot(context: Context, folder: Path) -> None:
     if images is not None:
         columns = [one[:ROWS] for one in images.values()]
         long_runs.write_strip(columns, folder / "overoptimisation.jpg")
+    else:
+        long_runs.missing_strip(folder / "overoptimisation.jpg", "overoptimisation")

@@ -14,7 +14,9 @@ import rewardprop_fast as rpf
 from benchmarks.experiments import __main__ as command
 from benchmarks.experiments import context as contexts
 from benchmarks.experiments import (
+    collapse,
     generalisation,
+    methods,
     mixing,
     overoptimisation,
     time_to_reward,
@@ -121,6 +123,33 @@ def test_seconds_to_a_level_lie_on_the_line_between_evaluations() -> None:
     assert time_to_reward.seconds_to(rows, -1.5) == pytest.approx(20)
     assert time_to_reward.seconds_to(rows, -3.5) == 0
     assert time_to_reward.seconds_to(rows, -0.5) is None
+
+
+def test_factors_are_those_of_every_pair_of_runs_to_the_slow_ones_best() -> None:
+    def run(variant: str, seed: int, *points: tuple[float, float]) -> list[dict[str, str]]:
+        names = {"variant": variant, "seed": str(seed)}
+        return [{**names, "samples": str(x), "heldout": str(y)} for x, y in points]
+
+    rows = [
+        *run("draft-1", 0, (0, -3.0), (10, -1.0)),
+        *run("draft-1", 1, (0, -3.0), (40, -2.0)),
+        *run("refl", 0, (0, -3.0), (10, -2.9)),
+        *run("ddpo", 0, (0, -3.0), (100, -3.5), (300, -2.0), (400, -2.5)),
+        *run("ddpo", 1, (0, -3.0), (100, -2.5), (200, -2.8)),
+        *run("draft-5", 0, (0, -3.0), (1, -1.0)),  # not one of (d)'s
+    ]
+    found = methods.factors(rows, "heldout", "samples")
+    # to -2.0 in 300 images, against 5 and 40; to -2.5 in 100, against 2.5 and 20
+    assert found == {"draft-1": pytest.approx([60.0, 7.5, 40.0, 5.0]), "refl": []}
+
+
+def test_a_strip_that_cannot_be_drawn_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    context = Context(QUICK, range(1), tmp_path, tmp_path)
+    collapse.strip(context, tmp_path / "collapse.jpg")
+    assert "collapse.jpg: not drawn" in capsys.readouterr().out
+    assert not list(tmp_path.iterdir())
 
 
 def test_trl_gets_the_prompts_of_this_librarys_trainer() -> None:

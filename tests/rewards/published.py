@@ -257,3 +257,28 @@ def image_reward_scores(
     for number in (0, 2, 4, 6, 7):
         scores = linear(scores, f"mlp.layers.{number}")
     return (scores[:, 0] - 0.16717362830052426) / 1.0333394966054072
+
+
+def vit_shapes(width: int, depth: int, patch: int, side: int, classes: int) -> Shapes:
+    """The published keys of a ViTForImageClassification."""
+
+    def own(name: str, outputs: int, inputs: int = width) -> Shapes:
+        return {f"{name}.weight": (outputs, inputs), f"{name}.bias": (outputs,)}
+
+    def norm(name: str) -> Shapes:
+        return {f"{name}.weight": (width,), f"{name}.bias": (width,)}
+
+    shapes: Shapes = {
+        "vit.embeddings.cls_token": (1, 1, width),
+        "vit.embeddings.position_embeddings": (1, (side // patch) ** 2 + 1, width),
+        "vit.embeddings.patch_embeddings.projection.weight": (width, 3, patch, patch),
+        "vit.embeddings.patch_embeddings.projection.bias": (width,),
+    }
+    for block in (f"vit.encoder.layer.{number}" for number in range(depth)):
+        for part in ("query", "key", "value"):
+            shapes |= own(f"{block}.attention.attention.{part}", width)
+        shapes |= own(f"{block}.attention.output.dense", width)
+        shapes |= own(f"{block}.intermediate.dense", 4 * width)
+        shapes |= own(f"{block}.output.dense", width, 4 * width)
+        shapes |= norm(f"{block}.layernorm_before") | norm(f"{block}.layernorm_after")
+    return shapes | norm("vit.layernorm") | own("classifier", classes)

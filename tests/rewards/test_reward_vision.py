@@ -30,7 +30,8 @@ from rewardprop_fast.memory.plan import Plan, Policy
 from rewardprop_fast.memory.segments import reward_segments
 from rewardprop_fast.models.random_init import _byte_tokenizer
 from rewardprop_fast.rewards.owl import SquareOnBlack
-from rewardprop_fast.rewards.preprocess import CLIP_STD
+from rewardprop_fast.rewards.preprocess import CLIP_STD, Preprocess
+from tests.rewards import published
 from tests.rewards.folders import SIDE, clip_folder, seeded, zeros_file
 from tests.rewards.images import (
     PHOTOGRAPHS,
@@ -165,6 +166,19 @@ def test_owlv2s_picture_is_its_own_processors_up_to_the_border(photo, shape, sid
     found = SquareOnBlack(side)(to_tensor(image))
     level = torch.tensor(CLIP_STD).view(3, 1, 1) * 255
     assert ((found - expected) * level).abs().max() < 0.02
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("photo", PHOTOGRAPHS)
+def test_owlvits_picture_is_its_own_processors_at_its_published_size(photo, shape):
+    """Pillow rounds between its two passes and after them, a half each; the second pass weighs the
+    first half by 1.25 at most, the sum of a cubic's absolute weights."""
+    image = picture(photo, shape)
+    processor = OwlViTImageProcessorPil(size={"height": 768, "width": 768})
+    expected = processor(image, return_tensors="pt").pixel_values
+    found = Preprocess((768, 768), "stretch")(to_tensor(image))
+    level = torch.tensor(CLIP_STD).view(3, 1, 1) * 255
+    assert ((found - expected) * level).abs().max() < 0.5 * 1.25 + 0.5 + 0.01
 
 
 def test_owlv2s_picture_of_one_pixel_and_of_half_precision():
@@ -349,34 +363,9 @@ def test_full_size_detectors_have_the_parameters_of_their_parts(kind, side, patc
     assert sum(p.numel() for p in model.parameters()) == expected == count
 
 
-def vit_shapes(width, depth, patch, side, classes):
-    """The published keys of a ViTForImageClassification."""
-
-    def linear(name, outputs, inputs=width):
-        return {f"{name}.weight": (outputs, inputs), f"{name}.bias": (outputs,)}
-
-    def norm(name):
-        return {f"{name}.weight": (width,), f"{name}.bias": (width,)}
-
-    shapes = {
-        "vit.embeddings.cls_token": (1, 1, width),
-        "vit.embeddings.position_embeddings": (1, (side // patch) ** 2 + 1, width),
-        "vit.embeddings.patch_embeddings.projection.weight": (width, 3, patch, patch),
-        "vit.embeddings.patch_embeddings.projection.bias": (width,),
-    }
-    for block in (f"vit.encoder.layer.{number}" for number in range(depth)):
-        for part in ("query", "key", "value"):
-            shapes |= linear(f"{block}.attention.attention.{part}", width)
-        shapes |= linear(f"{block}.attention.output.dense", width)
-        shapes |= linear(f"{block}.intermediate.dense", 4 * width)
-        shapes |= linear(f"{block}.output.dense", width, 4 * width)
-        shapes |= norm(f"{block}.layernorm_before") | norm(f"{block}.layernorm_after")
-    return shapes | norm("vit.layernorm") | linear("classifier", classes)
-
-
 def test_a_full_size_classifier_is_read_by_its_published_keys(tmp_path):
     """google/vit-base-patch16-224, of zeros: every key and shape, through the reward's loader."""
-    shapes = vit_shapes(width=768, depth=12, patch=16, side=224, classes=1000)
+    shapes = published.vit_shapes(width=768, depth=12, patch=16, side=224, classes=1000)
     ViTConfig(num_labels=1000).save_pretrained(tmp_path)
     ViTImageProcessorPil().save_pretrained(tmp_path)
     weights = zeros_file(tmp_path / "model.safetensors", shapes)
