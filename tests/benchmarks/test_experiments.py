@@ -12,7 +12,6 @@ import torch
 
 import rewardprop_fast as rpf
 from benchmarks.experiments import __main__ as command
-from benchmarks.experiments import context as contexts
 from benchmarks.experiments import (
     collapse,
     generalisation,
@@ -23,6 +22,7 @@ from benchmarks.experiments import (
     trl_child,
     variance,
 )
+from benchmarks.experiments import context as contexts
 from benchmarks.experiments.context import Context
 from benchmarks.experiments.size import QUICK
 from benchmarks.experiments.store import Store
