@@ -128,12 +128,18 @@ def by_images_and_time(
     if logarithmic:
         rows = [row for row in rows if row["step"] != "0"]
     plt = pyplot()
-    figure, axes = plt.subplots(2, 3, figsize=(9.5, 5.2), layout="constrained")
+    from matplotlib import ticker
+
+    figure, axes = plt.subplots(2, 3, figsize=(9.5, 5.2))
+    figure.subplots_adjust(0.07, 0.16, 0.99, 0.98, wspace=0.3, hspace=0.3)
     for line, x in zip(axes, ("samples", "cpu_seconds"), strict=True):
         for axis, y in zip(line, ("reward", "heldout", "alignment"), strict=True):
             curves(axis, rows, variants, x, y)
             if logarithmic:
                 axis.set_xscale("log")
+                axis.xaxis.set_major_locator(ticker.LogLocator(subs=(1.0, 3.0)))
+                axis.xaxis.set_major_formatter("{x:g}")
+                axis.xaxis.set_minor_formatter(ticker.NullFormatter())
     handles, labels = axes[0][0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels))
+    figure.legend(handles, labels, loc="lower center", ncols=len(labels))
     save(figure, path)

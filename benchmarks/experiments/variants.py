@@ -12,7 +12,6 @@ TITLES = {
     "draft-5": "DRaFT-5",
     "draft-T": "DRaFT, all T",
     "draft-lv": "DRaFT-LV",
-    **{f"draft-lv-{n}": f"DRaFT-LV, n = {n}" for n in (1, 2, 4, 8)},
     "alignprop": "AlignProp",
     "refl": "ReFL",
     "drtune": "DRTune",
@@ -20,6 +19,7 @@ TITLES = {
     "ddpo": "DDPO",
     "trl-random": "TRL, random truncation",
     "trl-last": "TRL, last step",
+    **{f"draft-lv-{n}": f"DRaFT-LV, n = {n}" for n in (1, 2, 4, 8)},
 }
 
 
